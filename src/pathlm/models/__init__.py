@@ -1,0 +1,19 @@
+"""The model families, and the one place that knows them all by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+FAMILIES = ("brian",)
+
+
+def family(model_type: str) -> ModuleType:
+    """Return the package of a family by its `model_type`.
+
+    Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps)`, `param_groups(model, optim)` and
+    `paths(output, tokenizer)`. Raises `ValueError` for a family that does not exist.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")
+    return import_module(f"{__name__}.{model_type}")
