@@ -1,0 +1,1 @@
+"""Measurements behind `pathlm bench NAME`: each module here has `main(argv) -> dict`."""
