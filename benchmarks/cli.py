@@ -5,7 +5,12 @@ import sys
 
 from benchmarks.timing import arguments, interleaved, ratio, show
 
-HELP = "import sys; sys.argv = ['pathlm', '--help']; import pathlm.cli\ntry: pathlm.cli.main()\nfinally: assert 'torch' not in sys.modules"
+HELP = """
+import sys
+from pathlm.cli import app
+app(["--help"], prog_name="pathlm", standalone_mode=False)
+assert "torch" not in sys.modules
+"""
 
 
 def main(argv: list[str]) -> dict:

@@ -30,7 +30,9 @@ class DataConfig:
         """Refuse combinations that cannot be read."""
         _require(self.length >= 2, "data.length", self.length, "a row needs at least 2 tokens")
         _require(0.0 <= self.task_share <= 1.0, "data.task_share", self.task_share, "must lie between 0 and 1")
-        _require(self.corpus is not None or self.task_share == 1.0, "data.corpus", self.corpus, "name a prepared folder, or set task_share = 1.0")
+        _require(
+            self.corpus is not None or self.task_share == 1.0, "data.corpus", self.corpus, "name a prepared folder, or set task_share = 1.0"
+        )
         _require(bool(self.tasks) == (self.task_share > 0), "data.tasks", self.tasks, f"tasks and task_share={self.task_share} go together")
         _require(all(w > 0 for w in self.tasks.values()), "data.tasks", self.tasks, "weights must be positive")
 
@@ -108,7 +110,9 @@ class RunConfig:
         """Refuse a rhythm that does not add up."""
         for name in ("steps", "batch_tokens", "micro_rows", "eval_every", "eval_rows", "save_every", "keep_last", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(bool(self.name) and "/" not in self.name and not self.name.startswith("."), "name", self.name, "must be a plain folder name")
+        _require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."), "name", self.name, "must be a plain folder name"
+        )
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         rule = f"must be a multiple of data.length={self.data.length}"
         _require(self.batch_tokens % self.data.length == 0, "batch_tokens", self.batch_tokens, rule)
@@ -141,12 +145,34 @@ def with_options(cls: type[T], options: Mapping[str, Any], *, where: str = "") -
         raise ValueError(f"{cls.__name__}: {error}") from error
 
 
-def load(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML recipe and apply overrides of the form `optim.lr=1e-3`.
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with pathlm, by name: the file's path below `recipes/`, without `.toml`."""
+    inside = Path(__file__).parent / "recipes"  # put there by the wheel; a checkout keeps them at its root
+    home = inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {file.relative_to(home).with_suffix("").as_posix(): file for file in sorted(home.rglob("*.toml"))}
 
-    Raises `FileNotFoundError` when there is no such recipe, and `ValueError` naming the field, the value and the rule when it cannot be used.
+
+def find_recipe(recipe: Path | str) -> Path:
+    """Return the file that `recipe` means: an existing file, or the name of a shipped recipe.
+
+    Raises `FileNotFoundError` listing the shipped names.
     """
     file = Path(recipe)
+    if file.is_file():
+        return file
+    shipped = shipped_recipes()
+    if (name := str(recipe)) in shipped:
+        return shipped[name]
+    raise FileNotFoundError(f"there is no recipe file {name!r}, and no shipped recipe of that name; shipped: {', '.join(shipped)}")
+
+
+def load(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML recipe, a file or the name of a shipped one, and apply overrides of the form `optim.lr=1e-3`.
+
+    Raises `FileNotFoundError` when there is no such recipe, and `ValueError` naming the field, the value and the rule when it
+    cannot be used.
+    """
+    file = find_recipe(recipe)
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
