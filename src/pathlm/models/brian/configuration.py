@@ -1,0 +1,109 @@
+"""The configuration of BRIAN models: the architecture's fields, each checked when it is set."""
+
+# No postponed annotations here: with them, `strict` would check no types.
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@strict
+class BrianConfig(PreTrainedConfig):
+    """Architecture of a BRIAN model: ordinary blocks before and after a routed pool. With an empty pool it is a plain decoder.
+
+    Names follow `transformers.LlamaConfig` where it has one. The number of blocks is `pre_blocks + pool_blocks + post_blocks`.
+    """
+
+    model_type = "brian"
+    keys_to_ignore_at_inference = ("past_key_values", "metrics", "trace")
+
+    vocab_size: int = 32_000
+    hidden_size: int = 768
+    intermediate_size: int = 2_048
+    pre_blocks: int = 2
+    """Ordinary blocks that every token visits first."""
+    pool_blocks: int = 0
+    """Blocks the router chooses from; 0 is a plain decoder."""
+    post_blocks: int = 2
+    """Ordinary blocks that every token visits last."""
+    max_route_steps: int = 0
+    """How many pool blocks a token may visit."""
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    """Heads that keys and values have; None means as many as queries have."""
+    head_dim: int | None = None
+    """Width of one head; None means `hidden_size / num_attention_heads`."""
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2_048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    """`{"rope_type": ..., "rope_theta": ...}` and the scaling's own numbers, as in transformers; None is base 10,000 without scaling."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what depends on other fields."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many blocks the model holds."""
+        return self.pre_blocks + self.pool_blocks + self.post_blocks
+
+    def validate_architecture(self) -> None:
+        """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("pre_blocks", "pool_blocks", "post_blocks", "max_route_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("pool_blocks", "max_route_steps"):
+            _require(
+                getattr(self, name) == 0,
+                name,
+                getattr(self, name),
+                "routing is not available in this version; only 0, the plain decoder, is",
+            )
+        _require(self.num_hidden_layers >= 1, "pre_blocks", self.pre_blocks, "the model needs at least one block")
+        self._validate_attention()
+        _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, 'blocks are SwiGLU, so it must be "silu"')
+        _require(0 < self.initializer_range < 1, "initializer_range", self.initializer_range, "must lie between 0 and 1")
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
+        for name in ("pad_token_id", "bos_token_id"):
+            token = getattr(self, name)
+            _require(token is None or 0 <= token < self.vocab_size, name, token, f"must lie in 0 … vocab_size - 1 = {self.vocab_size - 1}")
+
+    def _validate_attention(self) -> None:
+        """Check heads and rotary positions."""
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        assert groups is not None and width is not None
+        if width * heads != self.hidden_size and width == self.hidden_size // heads:
+            _require(
+                False, "hidden_size", self.hidden_size, f"must be a multiple of num_attention_heads={heads}, or head_dim must be given"
+            )
+        _require(groups >= 1 and heads % groups == 0, "num_key_value_heads", groups, f"must divide num_attention_heads={heads}")
+        _require(width >= 2 and width % 2 == 0, "head_dim", width, "must be even and at least 2, since rotary positions turn pairs")
+        rope = self.rope_parameters or {}
+        kind = rope.get("rope_type", "default")
+        rule = f"rope_type must be one of {', '.join(ROPE_TYPES)}"
+        if kind in ("dynamic", "longrope"):
+            rule += f"; {kind} turns earlier positions differently once a row grows, so cached decoding could not equal one forward pass"
+        _require(kind in ROPE_TYPES, "rope_parameters", rope, rule)
+        _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "rope_parameters", rope, "partial_rotary_factor must be 1, as in Llama")
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: {rule}")

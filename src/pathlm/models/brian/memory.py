@@ -1,0 +1,111 @@
+"""What a model remembers of the tokens it has read: key and value rows, in buffers that grow by half instead of one token at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Shapes: B rows, H key/value heads, T new tokens, S tokens in all, C capacity, K head width
+
+SMALLEST = 64
+"""Tokens a new buffer has room for at least."""
+
+
+class BlockMemory(DynamicLayer):
+    """Keys and values (B, H, S, K) of one block. `keys` and `values` are views of buffers with spare room."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new keys and values (B, H, T, K) and return all of them (B, H, S, K)."""
+        start, stop = self._length, self._length + key_states.shape[2]
+        keys, values = self._room_for(key_states, value_states, stop)
+        keys[:, :, start:stop] = key_states
+        values[:, :, start:stop] = value_states
+        self._show(stop)
+        return self.keys, self.values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember where the tensors live; buffers are made by the first update."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Return S, the number of tokens remembered."""
+        return self._length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self._buffers = None
+        self._length, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
+        if self._buffers is not None:
+            self._show(max(self._length + tokens_to_remove, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in the order `beam_idx` (B',)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies beside each other."""
+        if self._buffers is not None:
+            rows = torch.arange(self._buffers[0].shape[0], device=self._buffers[0].device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (B',), in that order, repeated where the index is."""
+        if self._buffers is None:
+            return
+        indices = torch.as_tensor(indices, device=self._buffers[0].device)
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        fresh = [buffer.new_empty(rows.numel(), *buffer.shape[1:]) for buffer in self._buffers]
+        for buffer, target in zip(self._buffers, fresh, strict=True):
+            target[:, :, : self._length] = buffer[:, :, : self._length].index_select(0, rows)
+        self._buffers = (fresh[0], fresh[1])
+        self._show(self._length)
+
+    def offload(self) -> None:
+        """Refuse: the memory stays where the model is."""
+        raise ValueError("cache offloading is not available for this model's memory; generate without it")
+
+    def _room_for(self, keys_BHTK: Tensor, values_BHTK: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return buffers (B, H, C, K) with C ≥ `length`, moving what they hold into larger ones where needed."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys_BHTK, values_BHTK)
+        if self._buffers is None or self._buffers[0].shape[2] < length:
+            batch, heads, _, width = keys_BHTK.shape
+            capacity = max(SMALLEST, length + length // 2)
+            fresh = (keys_BHTK.new_empty(batch, heads, capacity, width), values_BHTK.new_empty(batch, heads, capacity, width))
+            if self._buffers is not None:
+                for old, new in zip(self._buffers, fresh, strict=True):
+                    new[:, :, : self._length] = old[:, :, : self._length]
+            self._buffers = fresh
+        return self._buffers
+
+    def _show(self, length: int) -> None:
+        """Let `keys` and `values` be the first `length` tokens of the buffers."""
+        assert self._buffers is not None
+        self._length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+class BrianCache(Cache):
+    """The memory of every block, as transformers' `Cache`: `model(..., use_cache=True)` makes one when it is given none."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(layers=[BlockMemory() for _ in range(blocks)])
+
+    def bytes(self) -> int:
+        """Return how many bytes the remembered keys and values take, without spare room."""
+        tensors = (t for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)

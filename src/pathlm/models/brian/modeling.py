@@ -1,0 +1,230 @@
+"""The BRIAN model. With an empty pool it is a plain Llama decoder, and its logits are Llama's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, StaticCache
+
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.curriculum import Knobs
+from pathlm.models.brian.memory import BrianCache
+from pathlm.models.brian.tracing import Trace
+from pathlm.models.layers import Block, RMSNorm, Rotary, causal_mask, segment_positions
+from pathlm.models.losses import IGNORE, linear_cross_entropy
+from pathlm.models.output import PathOutput
+
+# Shapes: B rows, T new tokens, P tokens in memory, S = P + T, D width, V vocabulary
+
+
+class BrianForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose tokens move through blocks; today all of them, in order."""
+
+    config: BrianConfig
+    config_class = BrianConfig
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 - transformers' protocol
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: BrianConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        knobs: Knobs | None = None,
+        trace: bool = False,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PathOutput:
+        """Read T tokens after the P tokens in memory; return logits (B, T, V), and the loss where there are `labels`.
+
+        Args:
+            input_ids: Token ids (B, T).
+            attention_mask: (B, P + T), 0 where there is padding, on any side.
+            position_ids: (B, T) or (1, T); by default tokens are counted from 0 within their document, without padding.
+            past_key_values: Memory of earlier tokens, as returned by an earlier call.
+            inputs_embeds: (B, T, D) instead of `input_ids`.
+            labels: (B, T), token t at place t; this method shifts. -100 is not counted.
+            use_cache: Whether to return a memory; by default the configuration's word, and not while there are labels.
+            document_ids: (B, P + T); tokens see their own document only. -1 is padding.
+            logits_to_keep: Compute logits for the last so many places, or for these places; 0 is all.
+            knobs: The curriculum's values at this step. A plain decoder has none.
+            trace: Whether to return the paths of the tokens.
+            skip_logits: With labels, compute the loss in pieces and return no logits.
+            num_items_in_batch: Divide the summed loss by this instead of by the number of labels (the stock Trainer's protocol).
+            kwargs: Ignored, as transformers passes switches of its own.
+
+        Raises:
+            ValueError: When arguments do not fit together.
+        """
+        h_BTD = self._embed(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = BrianCache(self.config.num_hidden_layers)
+        past = _length(past_key_values)
+        segment_BS = _segments(h_BTD, past, attention_mask, document_ids)
+        h_BTD = self._run_blocks(h_BTD, segment_BS, position_ids, past_key_values, past)
+        h_BTD = self.norm(h_BTD)
+
+        loss, metrics = None, {}
+        if labels is not None:
+            loss = self._loss(h_BTD, labels, num_items_in_batch)
+            metrics["loss/lm"] = loss.detach()
+        logits_BTV = None
+        if not (skip_logits and labels is not None):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits_BTV = self.lm_head(h_BTD[:, kept])
+        return PathOutput(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=past_key_values,
+            metrics=metrics,
+            trace=self._trace(input_ids, h_BTD, segment_BS) if trace else None,
+        )
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Choose whether training recomputes each block in the backward pass instead of keeping its activations."""
+        self.gradient_checkpointing = enabled
+
+    def flops_per_token(self, length: int) -> float:
+        """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
+        from pathlm.models.brian.presets import flops_per_token
+
+        return flops_per_token(self.config, length)
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
+        batch, tokens = input_dict["input_ids"].shape
+        return int(3 * batch * tokens * self.flops_per_token(tokens))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the language-model head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language-model head."""
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Let `generate` hand over no cache of its own: `forward` makes a `BrianCache`, which does not copy itself for every token."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw matrices from normal(0, initializer_range); those that write to the residual stream are divided by √(2 × blocks)."""
+        std = self.config.initializer_range
+        if isinstance(module, Rotary):
+            module.refresh()
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Block):  # after its parts
+            for projection in (module.out_proj, module.down_proj):
+                init.normal_(projection.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _run_blocks(self, h_BTD: Tensor, segment_BS: Tensor | None, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
+        tokens = h_BTD.shape[1]
+        if position_ids is None:
+            if segment_BS is None:
+                position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None]
+            else:
+                position_ids = segment_positions(segment_BS)[:, -tokens:]
+        mask = None
+        if segment_BS is None and past and tokens > 1:
+            segment_BS = torch.zeros(1, past + tokens, dtype=torch.long, device=h_BTD.device)
+        if segment_BS is not None:
+            mask = causal_mask(tokens, segment_BS)
+        rotary = self.rotary(position_ids, h_BTD.dtype)
+        for index, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                h_BTD = checkpoint(block, h_BTD, rotary, mask, None, index, use_reentrant=False)
+            else:
+                h_BTD = block(h_BTD, rotary, mask, memory, index)
+        return h_BTD
+
+    def _loss(self, h_BTD: Tensor, labels_BT: Tensor, count: Tensor | int | None) -> Tensor:
+        if labels_BT.shape != h_BTD.shape[:2]:
+            raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(h_BTD.shape[:2])}, one label per token")
+        target_BT = torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
+        if count is None:
+            count = (target_BT != IGNORE).sum()
+        return linear_cross_entropy(h_BTD.flatten(0, 1), self.lm_head.weight, target_BT.flatten()) / count
+
+    def _trace(self, input_ids: Tensor | None, h_BTD: Tensor, segment_BS: Tensor | None) -> Trace:
+        if input_ids is None:
+            raise ValueError("trace=True needs input_ids, since a path names its token")
+        present = torch.ones_like(input_ids, dtype=torch.bool) if segment_BS is None else segment_BS[:, -input_ids.shape[1] :] >= 0
+        return Trace.fixed(input_ids, present, self.config.num_hidden_layers)
+
+
+def _length(memory: Cache | None) -> int:
+    """Return how many tokens are remembered, refusing memories whose tensors are longer than that."""
+    if memory is None:
+        return 0
+    if not isinstance(memory, Cache) or isinstance(memory, StaticCache):
+        raise ValueError(f"past_key_values is a {type(memory).__name__}: must be a growing cache, such as the one this model returns")
+    return memory.get_seq_length()
+
+
+def _segments(h_BTD: Tensor, past: int, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """Return each token's document number (B, S), -1 for padding; None where all tokens of a row belong together."""
+    expected = (h_BTD.shape[0], past + h_BTD.shape[1])
+    for name, given in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if given is not None and tuple(given.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}: must be {expected}, every row with its {past} remembered and its new tokens"
+            )
+    if attention_mask is not None and _known(attention_mask.all()):
+        attention_mask = None
+    if document_ids is not None:
+        segment_BS = document_ids.clamp(min=-1)
+        if attention_mask is not None:
+            segment_BS = torch.where(attention_mask.bool(), segment_BS, -1)
+        return None if _known((segment_BS == segment_BS[:, :1]).all() & (segment_BS[:, 0] >= 0).all()) else segment_BS
+    return None if attention_mask is None else attention_mask.long().clamp(max=1) - 1
+
+
+def _known(condition: Tensor) -> bool:
+    """Whether `condition` holds, as far as that can be told without waiting for a device or leaving a compiled graph."""
+    return not torch.compiler.is_compiling() and condition.device.type == "cpu" and bool(condition)

@@ -1,0 +1,151 @@
+"""The parts a decoder block is made of: normalisation, rotary positions, attention, and the block itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# Shapes: B rows, T new tokens, S tokens attended, D model width, H query heads, G key/value heads, K head width, F hidden width of the MLP
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dimension and scales. Statistics are float32 in every precision, as in Llama."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised `x` (..., D)."""
+        if x.dtype == torch.float64:  # Llama rounds here even in float64; equality with it to 1e-10 needs the same rounding
+            x32 = x.float()
+            return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).double()
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Angles of rotary positions under a `rope_parameters` scaling. Holds no weights."""
+
+    frequency: Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        frequency, self.scale = rotary_frequencies(config)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def refresh(self) -> None:
+        """Compute the frequencies anew: a buffer that is not saved comes back empty from the meta device."""
+        init.copy_(self.frequency, rotary_frequencies(self.config)[0].to(self.frequency.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Move with the model, but keep float32 frequencies: rounding them to bfloat16 would turn far positions by whole radians."""
+        super()._apply(fn, recurse)
+        if self.frequency.device.type != "meta":
+            self.frequency = rotary_frequencies(self.config)[0].to(self.frequency.device)
+        return self
+
+    def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines (B, T, 1, K) for `rotate`."""
+        angle = position_BT[..., None, None].float() * self.frequency
+        cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def rotary_frequencies(config: Any) -> tuple[Tensor, float]:
+    """Return the angle per position of each pair of dimensions (K/2,) in float32 on the CPU, and the scale of cosines and sines."""
+    rope = config.rope_parameters
+    with torch.device("cpu"):
+        if rope["rope_type"] != "default":
+            frequency, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"))
+            return frequency, float(scale)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (rope["rope_theta"] ** exponent), 1.0
+
+
+def rotate(
+    x: Float[Tensor, "b t heads width"], cos: Float[Tensor, "b|1 t 1 width"], sin: Float[Tensor, "b|1 t 1 width"]
+) -> Float[Tensor, "b t heads width"]:
+    """Turn every pair (i, i + K/2) of `x` by its position's angle. `sin` carries the sign of the rotation."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Block(nn.Module):
+    """A Llama block: RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, with residual connections.
+
+    `qkv` and `finish` are the two halves around attention, so that a caller may decide what is attended.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.groups, self.width = heads, groups, width
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * groups) * width, bias=config.attention_bias)
+        self.out_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Cache | None, index: int) -> Tensor:
+        """Return the next hidden state (B, T, D). Appends keys and values to `memory` under this block's `index`."""
+        query, key, value = self.qkv(h_BTD, rotary)
+        if memory is not None:
+            key, value = memory.update(key, value, index)
+        return self.finish(h_BTD, attend(query, key, value, mask))
+
+    def qkv(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
+        batch, tokens, _ = h_BTD.shape
+        qkv = self.qkv_proj(self.attention_norm(h_BTD)).view(batch, tokens, -1, self.width)
+        turned = rotate(qkv[:, :, : self.heads + self.groups], *rotary).transpose(1, 2)
+        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, :, self.heads + self.groups :].transpose(1, 2)
+
+    def finish(self, h_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
+        """Add what attention read and what the MLP makes of it to `h_BTD`."""
+        h_BTD = h_BTD + self.out_proj(attended_BHTK.transpose(1, 2).flatten(2))
+        gate_BTF, up_BTF = self.gate_up_proj(self.mlp_norm(h_BTD)).chunk(2, dim=-1)
+        return h_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
+
+
+def attend(
+    query: Float[Tensor, "b h t k"], key: Float[Tensor, "b g s k"], value: Float[Tensor, "b g s k"], mask: Tensor | None
+) -> Float[Tensor, "b h t k"]:
+    """Return softmax attention. Without a mask, the queries are the last T of the S tokens and see all up to themselves; T is 1 or S then."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, enable_gqa=grouped
+    )
+
+
+def causal_mask(tokens: int, segment_BS: Int[Tensor, "b s"]) -> Bool[Tensor, "b 1 {tokens} s"]:
+    """Let each of the last `tokens` tokens see the tokens up to itself that have its segment number.
+
+    Padding has its own number (-1), so that every token sees at least itself and no row of the softmax is empty.
+    """
+    slot = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    same = segment_BS[:, -tokens:, None] == segment_BS[:, None, :]
+    return (same & (slot <= slot[-tokens:, None]))[:, None]
+
+
+def segment_positions(segment_BS: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+    """Count the tokens of each segment from 0; padding (-1) is not counted, wherever it stands."""
+    present = segment_BS >= 0
+    count = present.cumsum(-1)
+    slot = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    latest = torch.where(present, slot, 0).cummax(-1).values
+    owner = segment_BS.gather(-1, latest)  # the segment that padding interrupts or follows
+    begins = torch.ones_like(present)
+    begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    start = torch.where(begins, slot, 0).cummax(-1).values
+    before = count.gather(-1, start) - present.gather(-1, start).long()
+    return (count - before - 1).clamp(min=0)

@@ -1,0 +1,107 @@
+"""Models by name: presets as configurations, models built from them, and models read from folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pathlm.models import FAMILIES, family
+
+
+@dataclass(frozen=True)
+class PresetSummary:
+    """What a preset's model is and costs, without building it in memory."""
+
+    name: str
+    family: str
+    parameters: int
+    """Exact; tied weights count once"""
+    blocks: int
+    hidden_size: int
+    vocab_size: int
+    context: int
+    """Tokens the model is meant to read at most"""
+    flops_per_token: float
+    """Forward pass, in rows of `context` tokens"""
+    cache_bytes_per_token: int
+    """Keys and values of all blocks in bfloat16"""
+
+
+def preset(name: str, **overrides: Any) -> PreTrainedConfig:
+    """Return the configuration of a preset with some fields replaced.
+
+    Raises `ValueError` for a preset or field that does not exist and for a value that is not allowed.
+    """
+    for model_type in FAMILIES:
+        package = family(model_type)
+        if name in package.PRESETS:
+            return configure(package.Config, package.PRESETS[name] | _known(package.Config, overrides))
+    raise ValueError(f"preset={name!r}: there are {', '.join(n for f in FAMILIES for n in family(f).PRESETS)}")
+
+
+def configure(cls: type[PreTrainedConfig], options: dict[str, Any]) -> PreTrainedConfig:
+    """Return `cls(**options)`, with its complaints as `ValueError`."""
+    try:
+        return cls(**options)
+    except StrictDataclassError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        raise ValueError(" ".join(str(cause).split())) from error
+
+
+def presets() -> dict[str, PresetSummary]:
+    """Return a summary of every preset by name."""
+    return {name: summarise(name, preset(name)) for model_type in FAMILIES for name in family(model_type).PRESETS}
+
+
+def summarise(name: str, config: PreTrainedConfig) -> PresetSummary:
+    """Count a model's parameters, operations and memory. Nothing is allocated."""
+    package = family(config.model_type)
+    with torch.device("meta"):
+        model = package.Model(config)
+    return PresetSummary(
+        name=name,
+        family=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        blocks=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        flops_per_token=package.flops_per_token(config, config.max_position_embeddings),
+        cache_bytes_per_token=2 * package.cache_numbers_per_token(config),
+    )
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a freshly initialised model; seed torch first to have the same one again."""
+    return family(config.model_type).Model(config)
+
+
+def load(folder: Path | str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and the tokenizer saved in `folder`, ready for evaluation. A Llama checkpoint becomes a plain decoder.
+
+    `options` go to `from_pretrained`, for instance `dtype=torch.float32`. Raises `ValueError` when the folder holds no model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"folder={str(folder)!r}: holds no config.json, so no model was saved there")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "llama":
+        from pathlm.models.brian.convert import from_llama
+
+        model = from_llama(folder, **options)
+    else:
+        family(config.model_type)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _known(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `overrides`, refusing names that the family's configuration does not declare; transformers would keep them silently."""
+    known = set(cls.__annotations__) - {"model_type", "keys_to_ignore_at_inference"}
+    if unknown := sorted(overrides.keys() - known):
+        raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return overrides

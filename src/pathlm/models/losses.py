@@ -1,0 +1,66 @@
+"""Cross-entropy of a linear head without keeping its logits: the vocabulary's scores are made, used and dropped piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Shapes: N tokens, D width, V vocabulary
+
+IGNORE = -100
+"""The label of tokens that are not counted."""
+
+PIECE = 2**21
+"""Scores made at a time, at most."""
+
+
+def linear_cross_entropy(h_ND: Float[Tensor, "n d"], weight_VD: Float[Tensor, "v d"], target_N: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Return the cross-entropy of `h @ weight.T` with the targets, summed over those that are not `IGNORE`, in at least float32."""
+    return _LinearCrossEntropy.apply(h_ND, weight_VD, target_N)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss, while a piece of the scores is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+        device = h_ND.device.type
+        working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+        precise = torch.promote_types(working, torch.float32)
+        weight = weight_VD.to(working)
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=precise, device=h_ND.device)
+        rows = max(1, PIECE // weight.shape[0])
+        with torch.autocast(device, enabled=False):
+            for start in range(0, h_ND.shape[0], rows):
+                piece = slice(start, start + rows)
+                h, target = h_ND[piece].to(working), target_N[piece]
+                counted = (target != IGNORE)[:, None]
+                index = target.clamp(min=0)[:, None]
+                score = (h @ weight.T).to(precise)
+                norm = score.logsumexp(-1, keepdim=True)
+                total += ((norm - score.gather(-1, index)) * counted).sum()
+                if dh_ND is None and dweight_VD is None:
+                    continue
+                slope = score.sub_(norm).exp_().scatter_add_(-1, index, -torch.ones_like(norm)).mul_(counted).to(working)
+                if dh_ND is not None:
+                    dh_ND[piece] = slope @ weight
+                if dweight_VD is not None:
+                    dweight_VD += slope.T @ h
+        ctx.save_for_backward(dh_ND, dweight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        dh_ND, dweight_VD = ctx.saved_tensors
+        return (
+            None if dh_ND is None else dh_ND * grad.to(dh_ND.dtype),
+            None if dweight_VD is None else (dweight_VD * grad).to(ctx.weight_dtype),
+            None,
+        )
