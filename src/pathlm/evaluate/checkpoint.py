@@ -1,0 +1,71 @@
+"""Where a model lies and how it is opened for reading: run folders, checkpoints and Hugging Face folders alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def find_checkpoint(folder: Path | str) -> Path:
+    """Return the folder that holds the weights: `folder` itself, or the best (else the latest) checkpoint of a run folder.
+
+    Raises `FileNotFoundError` when there is no such folder and `ValueError` when it holds no model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist")
+    for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "latest"):
+        if (candidate / "config.json").is_file():
+            return candidate.resolve()
+    raise ValueError(
+        f"model folder {str(folder)!r} holds no model: expected config.json in it, or, for a run, in checkpoints/best or checkpoints/latest"
+    )
+
+
+def run_folder(folder: Path | str) -> Path:
+    """Return the run that a folder belongs to: itself for a run or a foreign model, the run above for one of a run's checkpoints."""
+    folder = Path(folder).resolve()
+    run = folder.parent.parent
+    return run if folder.parent.name == "checkpoints" and (run / "run.json").is_file() else folder
+
+
+def run_record(folder: Path | str) -> dict[str, Any]:
+    """Return `run.json` of the run that `folder` belongs to; empty where there is none."""
+    for place in (run_folder(folder), Path(folder)):
+        if (place / "run.json").is_file():
+            record: dict[str, Any] = json.loads((place / "run.json").read_text(encoding="utf-8"))
+            return record
+    return {}
+
+
+def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, Any]:
+    """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = find_checkpoint(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return model, AutoTokenizer.from_pretrained(place, local_files_only=True) if has_tokenizer else None
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """Return the token that stands before a document's first: `bos`, or `eos` where there is no `bos`."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode (no dropout) and leave it afterwards as it was found."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
