@@ -1,7 +1,7 @@
 """The `pathlm` command: thin doors. Each command parses, imports late and calls one function, so `--help` is instant and needs no torch."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -51,6 +51,16 @@ def pathlm(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Train, measure and look inside language models whose computation is a path you can read."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/demo"),
+) -> None:
+    """From nothing to a trained, measured, writing model in minutes; repeated, it continues."""
+    from pathlm.demo import demo as body
+
+    body(folder, console=Console())
 
 
 @app.command()
@@ -112,13 +122,15 @@ def presets_() -> None:
 
 
 @app.command()
-def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/demo"),
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A folder with a saved model.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[Literal["brian", "llama"], typer.Option("--to", help="What the model becomes.")],
 ) -> None:
-    """From nothing to a trained, measured, writing model in minutes; repeated, it continues."""
-    from pathlm.demo import demo as body
+    """Turn a Llama checkpoint into a plain decoder, or a plain decoder into a Llama checkpoint."""
+    from pathlm.models.brian.convert import convert as body
 
-    body(folder, console=Console())
+    Console().print(f"wrote {body(folder, out, to=to)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
