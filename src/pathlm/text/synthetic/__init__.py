@@ -1,7 +1,7 @@
 """Synthetic tasks with known structure: each sample carries its task, its difficulty and the number of steps k that its answer needs."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from pathlm.config import with_options
 from pathlm.text.synthetic.sequences import Brackets, Copy, Reverse, Transform
@@ -47,8 +47,10 @@ def samples(spec: str, split: str = "train", *, seed: int = 0) -> SampleStream:
 
 
 def _read(text: str, kind: Any, name: str) -> Any:
-    """Read an option's value; all options are whole numbers or names."""
+    """Read an option's value; all options are whole numbers or one of a few names."""
     if kind is not int:
+        if (names := get_args(kind)) and text not in names:
+            raise ValueError(f"{name}={text!r}: must be one of {', '.join(names)}")
         return text
     try:
         return int(text)

@@ -191,6 +191,6 @@ class Brackets(Task):
         return 3 + self.length + self.max_open
 
     def prompts(self, k: int) -> int:
-        """Count spines of depth k in one gap, with single pairs or nothing in as many other gaps as there is room for."""
+        """Count spines of depth k in front, with a single pair or nothing in as many later gaps as there is room for."""
         pairs = min(self.max_open, (self.length - self.max_open - 2 * k) // 2)
-        return self.kinds ** (self.max_open + k) * (self.max_open + 1) * (1 + self.kinds) ** pairs
+        return self.kinds ** (self.max_open + k) * (1 + self.kinds) ** pairs
