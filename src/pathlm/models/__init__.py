@@ -16,4 +16,8 @@ def family(model_type: str) -> ModuleType:
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")
-    return import_module(f"{__name__}.{model_type}")
+    package = import_module(f"{__name__}.{model_type}")
+    # Importing the submodule `curriculum` puts it in the place of the function of that name.
+    if isinstance(package.curriculum, ModuleType):
+        package.curriculum = package.curriculum.curriculum  # type: ignore[attr-defined]
+    return package

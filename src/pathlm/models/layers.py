@@ -17,7 +17,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last dimension and scales. Statistics are float32 in every precision, as in Llama."""
+    """Divides by the root mean square over the last dimension and scales."""
+
+    statistics: torch.dtype = torch.float32
+    """Precision a float64 input is normalised in. Llama rounds to float32 even there; float64 is the equation without that rounding."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised `x` (..., D)."""
-        if x.dtype == torch.float64:  # Llama rounds here even in float64; equality with it to 1e-10 needs the same rounding
+        if x.dtype == torch.float64 and self.statistics == torch.float32:
             x32 = x.float()
             return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).double()
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -73,7 +76,7 @@ def rotary_frequencies(config: Any) -> tuple[Tensor, float]:
 
 
 def rotate(
-    x: Float[Tensor, "b t heads width"], cos: Float[Tensor, "b|1 t 1 width"], sin: Float[Tensor, "b|1 t 1 width"]
+    x: Float[Tensor, "b t heads width"], cos: Float[Tensor, "b_or_1 t 1 width"], sin: Float[Tensor, "b_or_1 t 1 width"]
 ) -> Float[Tensor, "b t heads width"]:
     """Turn every pair (i, i + K/2) of `x` by its position's angle. `sin` carries the sign of the rotation."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -118,13 +121,14 @@ class Block(nn.Module):
 
 
 def attend(
-    query: Float[Tensor, "b h t k"], key: Float[Tensor, "b g s k"], value: Float[Tensor, "b g s k"], mask: Tensor | None
+    query: Float[Tensor, "b h t k"],
+    key: Float[Tensor, "b g s k"],
+    value: Float[Tensor, "b g s k"],
+    mask: Bool[Tensor, "b_or_1 1 t s"] | None,
 ) -> Float[Tensor, "b h t k"]:
-    """Return softmax attention. Without a mask, the queries are the last T of the S tokens and see all up to themselves; T is 1 or S then."""
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, enable_gqa=grouped
-    )
+    """Return softmax attention. Without a mask the queries must be all S tokens, each seeing those up to itself, or the last one alone."""
+    causal = mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def causal_mask(tokens: int, segment_BS: Int[Tensor, "b s"]) -> Bool[Tensor, "b 1 {tokens} s"]:

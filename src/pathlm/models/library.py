@@ -92,7 +92,7 @@ def load(folder: Path | str, **options: Any) -> tuple[PreTrainedModel, PreTraine
     if config.model_type == "llama":
         from pathlm.models.brian.convert import from_llama
 
-        model = from_llama(folder, **options)
+        model: PreTrainedModel = from_llama(folder, **options)
     else:
         family(config.model_type)
         model = AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -70,12 +70,7 @@ class BrianConfig(PreTrainedConfig):
         for name in ("pre_blocks", "pool_blocks", "post_blocks", "max_route_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("pool_blocks", "max_route_steps"):
-            _require(
-                getattr(self, name) == 0,
-                name,
-                getattr(self, name),
-                "routing is not available in this version; only 0, the plain decoder, is",
-            )
+            _require(getattr(self, name) == 0, name, getattr(self, name), "routing is not available in this version, so it must be 0")
         _require(self.num_hidden_layers >= 1, "pre_blocks", self.pre_blocks, "the model needs at least one block")
         self._validate_attention()
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, 'blocks are SwiGLU, so it must be "silu"')
@@ -89,10 +84,8 @@ class BrianConfig(PreTrainedConfig):
         """Check heads and rotary positions."""
         heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
         assert groups is not None and width is not None
-        if width * heads != self.hidden_size and width == self.hidden_size // heads:
-            _require(
-                False, "hidden_size", self.hidden_size, f"must be a multiple of num_attention_heads={heads}, or head_dim must be given"
-            )
+        split = self.hidden_size % heads == 0 or width != self.hidden_size // heads
+        _require(split, "hidden_size", self.hidden_size, f"must be a multiple of num_attention_heads={heads}, or head_dim be given")
         _require(groups >= 1 and heads % groups == 0, "num_key_value_heads", groups, f"must divide num_attention_heads={heads}")
         _require(width >= 2 and width % 2 == 0, "head_dim", width, "must be even and at least 2, since rotary positions turn pairs")
         rope = self.rope_parameters or {}

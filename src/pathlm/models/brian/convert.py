@@ -25,9 +25,25 @@ JOINED = {
     "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 SHARED_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act max_position_embeddings "
-    "initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_parameters attention_bias mlp_bias"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
 def from_llama(
@@ -40,7 +56,7 @@ def from_llama(
 ) -> BrianForCausalLM:
     """Return a BRIAN model with the weights of a Llama model, given itself or as the folder it was saved in.
 
-    Blocks not claimed by `pre_blocks`, `pool_blocks` or `post_blocks` go to `pre_blocks`, or to `post_blocks` where only the former is given.
+    Layers that the three numbers leave over go to `pre_blocks`, or to `post_blocks` where `pre_blocks` is given.
     `options` go to `from_pretrained` when `source` is a folder. Logits are equal; dropout, which only training knows, is not carried over.
     Raises `ValueError` when `source` is not a Llama model or uses what a BRIAN block does not have.
     """
@@ -52,7 +68,7 @@ def from_llama(
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     from pathlm.models.library import configure
 
-    config = configure(BrianConfig, fields | dict(pre_blocks=pre, pool_blocks=pool_blocks, post_blocks=post))
+    config = configure(BrianConfig, fields | {"pre_blocks": pre, "pool_blocks": pool_blocks, "post_blocks": post})
     with torch.device("meta"):
         model = BrianForCausalLM(config)  # type: ignore[arg-type]
     weights = brian_weights(llama.state_dict(), theirs.num_hidden_layers)
@@ -126,7 +142,7 @@ def llama_weights(brian: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
 
 
 def _filled(model: Any, weights: dict[str, Tensor], origin: Any) -> Any:
-    """Put copies of `weights` into `model`, which lies on the meta device, and take over precision, device, mode and generation settings."""
+    """Put copies of `weights` into `model`, made on the meta device, and take over what else `origin` is set to."""
     dtype, device = origin.lm_head.weight.dtype, origin.lm_head.weight.device
     model = model.to(dtype).to_empty(device=device)
     model.load_state_dict(weights)

@@ -28,8 +28,7 @@ class BlockMemory(DynamicLayer):
         keys, values = self._room_for(key_states, value_states, stop)
         keys[:, :, start:stop] = key_states
         values[:, :, start:stop] = value_states
-        self._show(stop)
-        return self.keys, self.values
+        return self._show(stop)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember where the tensors live; buffers are made by the first update."""
@@ -92,11 +91,12 @@ class BlockMemory(DynamicLayer):
             self._buffers = fresh
         return self._buffers
 
-    def _show(self, length: int) -> None:
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
         """Let `keys` and `values` be the first `length` tokens of the buffers."""
         assert self._buffers is not None
-        self._length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._length, self.keys, self.values = length, keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
 
 
 class BrianCache(Cache):
@@ -107,5 +107,5 @@ class BrianCache(Cache):
 
     def bytes(self) -> int:
         """Return how many bytes the remembered keys and values take, without spare room."""
-        tensors = (t for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        held = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]  # type: ignore[union-attr]
+        return sum(t.numel() * t.element_size() for t in held)

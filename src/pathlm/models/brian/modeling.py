@@ -121,22 +121,6 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         batch, tokens = input_dict["input_ids"].shape
         return int(3 * batch * tokens * self.flops_per_token(tokens))
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the language-model head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the language-model head."""
-        self.lm_head = new_embeddings
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Let `generate` hand over no cache of its own: `forward` makes a `BrianCache`, which does not copy itself for every token."""
@@ -212,9 +196,8 @@ def _segments(h_BTD: Tensor, past: int, attention_mask: Tensor | None, document_
     expected = (h_BTD.shape[0], past + h_BTD.shape[1])
     for name, given in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if given is not None and tuple(given.shape) != expected:
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}: must be {expected}, every row with its {past} remembered and its new tokens"
-            )
+            rule = f"must be {expected}, the {past} remembered tokens before the new ones"
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: {rule}")
     if attention_mask is not None and _known(attention_mask.all()):
         attention_mask = None
     if document_ids is not None:

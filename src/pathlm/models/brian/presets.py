@@ -6,29 +6,20 @@ from typing import Any
 
 from pathlm.models.brian.configuration import BrianConfig
 
-PLAIN = {"pool_blocks": 0, "max_route_steps": 0}
-"""No routing. The blocks stand in pre and post as around the pool of the routed model of that size, which a pool would take its blocks from."""
+
+def _plain(width: int, *, blocks: tuple[int, int], heads: int, hidden: int, **others: Any) -> dict[str, Any]:
+    """Return the fields of a plain decoder. Its blocks stand before and after the place where the routed model of its size has a pool."""
+    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_attention_heads": heads, "vocab_size": 32_000}
+    return sizes | {"pre_blocks": blocks[0], "pool_blocks": 0, "post_blocks": blocks[1], "max_route_steps": 0} | others
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores.
-    "plain-tiny": PLAIN
-    | dict(
-        vocab_size=4_096,
-        hidden_size=128,
-        intermediate_size=352,
-        pre_blocks=2,
-        post_blocks=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
+    "plain-tiny": _plain(128, blocks=(2, 2), heads=4, hidden=352, vocab_size=4_096, max_position_embeddings=512, tie_word_embeddings=True),
     # The baselines of the routed models of 125, 350 and 1,000 million parameters.
-    "plain-125m": PLAIN
-    | dict(vocab_size=32_000, hidden_size=768, intermediate_size=2_048, pre_blocks=10, post_blocks=2, num_attention_heads=12),
-    "plain-350m": PLAIN
-    | dict(vocab_size=32_000, hidden_size=960, intermediate_size=2_560, pre_blocks=20, post_blocks=4, num_attention_heads=16),
-    "plain-1b": PLAIN
-    | dict(vocab_size=32_000, hidden_size=1_536, intermediate_size=4_096, pre_blocks=28, post_blocks=4, num_attention_heads=24),
+    "plain-125m": _plain(768, blocks=(10, 2), heads=12, hidden=2_048),
+    "plain-350m": _plain(960, blocks=(20, 4), heads=16, hidden=2_560),
+    "plain-1b": _plain(1_536, blocks=(28, 4), heads=24, hidden=4_096),
 }
 
 

@@ -1,0 +1,60 @@
+"""The contract of every model: run for each family and option, and shown to fail for models that break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, ids
+from checks import CHECKS, saved_and_loaded_it_is_the_same
+from torch.utils.data import Dataset
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_contract_holds_in_float64(case: Case, check: Callable[[Any], None]) -> None:
+    check(case.build())
+
+
+SINGLE = [check for check in CHECKS if "generat" not in check.__name__ and "stream" not in check.__name__]
+
+
+@pytest.mark.parametrize("check", SINGLE, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_contract_holds_in_float32(case: Case, check: Callable[[Any], None]) -> None:
+    check(case.build(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    saved_and_loaded_it_is_the_same(case.build(dtype), tmp_path)
+
+
+class Rows(Dataset):
+    """Eight rows for the stock Trainer."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = ids(1, seed=index)[0]
+        return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_stock_trainer_runs_two_steps(case: Case, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = case.build(torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **options)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
