@@ -12,6 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 T = TypeVar("T")
 
 
+class RunError(RuntimeError):
+    """A run that had to stop; the message says why, what is safe and what to do."""
+
+
 @strict
 @dataclass(kw_only=True)
 class DataConfig:
@@ -22,9 +26,11 @@ class DataConfig:
     length: int = 256
     """Tokens per packed row."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """Synthetic tasks by name with their relative weights."""
+    """Synthetic tasks with their relative weights; options follow the name, as in `"pointer:nodes=20,max_k=3"`."""
     task_share: float = 0.0
     """Share of rows that come from the tasks, 0 to 1."""
+    task_labels: Literal["answer", "answer-end", "all"] = "answer"
+    """Which tokens of a sample are targets: its answer, also the end after it, or all."""
 
     def validate_data(self) -> None:
         """Refuse combinations that cannot be read."""
@@ -94,6 +100,8 @@ class RunConfig:
     activation_checkpointing: bool = False
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes share the model, when there are several."""
+    unused_parameters: bool = False
+    """Allow steps that give some parameters no gradient, as hard routing does. `ddp` then walks the graph at every step."""
     eval_every: int = 100
     eval_rows: int = 64
     """Rows of the validation split measured at each evaluation."""

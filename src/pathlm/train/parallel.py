@@ -1,0 +1,146 @@
+"""Several processes as one: device and precision by Accelerate, the model copied (DDP) or sharded (FSDP2), numbers summed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from pathlm.config import RunConfig
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def accelerator(config: RunConfig) -> Accelerator:
+    """Return the Accelerator of a run: its device, its precision, its place among the processes."""
+    # The state is shared by a whole process and would keep the precision of an earlier run. The process group stays.
+    AcceleratorState._reset_state()
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=config.unused_parameters)
+    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a model, by transformers' own declaration of what must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only the inputs of every block during training and compute its inside again in the backward pass."""
+    found = blocks(model)
+    if not found:
+        raise ValueError(f"activation_checkpointing=True: {type(model).__name__} names no blocks in _no_split_modules")
+    for block in found:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return again
+
+
+def prepare_model(acc: Accelerator, model: nn.Module, config: RunConfig) -> nn.Module:
+    """Put the model on its device and, with several processes, copy or shard it. Returns what the loop calls."""
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.compile:
+        model.compile()
+    if acc.num_processes > 1 and config.strategy == "fsdp2":
+        # Accelerate's own FSDP2 exists for accelerators only; this is the same call, and gloo runs it too.
+        mesh = init_device_mesh(acc.device.type, (acc.num_processes,))
+        model.to(acc.device)
+        for block in blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # in place
+        return model
+    return acc.prepare_model(model)
+
+
+@contextmanager
+def accumulate(acc: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Exchange gradients between processes in the last micro-batch of a step only; computes in the run's precision."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        with nullcontext(), acc.autocast():
+            yield
+    else:
+        with nullcontext() if last else acc.no_sync(model), acc.autocast():
+            yield
+
+
+def summed(acc: Accelerator, values: Tensor) -> Tensor:
+    """Sum a tensor over all processes."""
+    if acc.num_processes > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `limit`; return the norm before, on the device."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gathered(acc: Accelerator, value: Any) -> list[Any]:
+    """Collect one plain value from every process, in the order of their ranks."""
+    if acc.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * acc.num_processes
+    dist.all_gather_object(values, value)
+    return values
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the whole weights and the whole optimizer state, gathered from every process. `model` is the unwrapped one."""
+    if isinstance(model, FSDPModule):
+        return get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    return model.state_dict(), optimizer.state_dict()
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: dict[str, Any]) -> None:
+    """Give weights and optimizer state back to a model and an optimizer. Raises `ValueError` when names do not match."""
+    sharded = isinstance(model, FSDPModule)
+    own = model.state_dict()
+    complete: dict[str, Any] = dict(weights)
+    # Tied tensors are saved under one of their names.
+    places = {_place(own[name]): name for name in weights if name in own}
+    for name in own.keys() - weights.keys():
+        if (source := places.get(_place(own[name]))) is None:
+            raise ValueError(f"the checkpoint has no tensor {name}")
+        complete[name] = weights[source]
+    if unknown := sorted(weights.keys() - own.keys()):
+        raise ValueError(f"the checkpoint has tensors the model lacks: {', '.join(unknown[:5])}")
+    if sharded:
+        set_model_state_dict(model, complete, options=FROM_FIRST)
+        set_optimizer_state_dict(model, optimizer, moments, options=FROM_FIRST)
+    else:
+        model.load_state_dict(complete)
+        optimizer.load_state_dict(moments)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.device, local.data_ptr(), tuple(tensor.shape)

@@ -1,0 +1,206 @@
+"""From a configuration to a run: checked as a whole before any work, recorded, then trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from pathlm.config import RunConfig
+from pathlm.train import checkpoint, parallel, record, sinks
+from pathlm.train.loop import RunResult, train
+from pathlm.train.state import seed_everything
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a family and a data set bring to a run. Nothing is built yet."""
+
+    model_config: Any
+    build: Callable[[], Any]
+    """Returns the freshly initialised model."""
+    curriculum: Callable[[int], Any]
+    """Returns the curriculum of a run of so many steps."""
+    param_groups: Callable[[Any], list[dict[str, Any]]]
+    rows: Any
+    validation: Any = None
+    notes: tuple[str, ...] = ()
+
+
+def start(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Train, or continue, the run that `config` describes; return how it ended.
+
+    Raises `ValueError` naming what cannot be used, before any work, and `RunError` when the run must stop: a number that is not
+    finite, a checkpoint that cannot be written or read.
+    """
+    return carry_out(config, resolve(config), resume=resume, console=console)
+
+
+def resolve(config: RunConfig) -> Job:
+    """Open the data and look up the model's family; check that they fit each other."""
+    from pathlm.models import family, library
+    from pathlm.text.mixture import open_rows
+
+    library.preset(config.preset, **config.model)  # a typo in a recipe is told before a large corpus is opened
+    rows = open_rows(config.data, "train", seed=config.seed)
+    validation = None
+    notes: tuple[str, ...] = ()
+    try:
+        # Seed 0: runs that differ in their seed only are measured on the same rows.
+        validation = open_rows(config.data, "validation", seed=0)
+    except ValueError as error:
+        notes = (f"no validation: {error}",)
+    model_config = fit_to_rows(config, rows, library.preset)
+    package = family(model_config.model_type)
+    return Job(
+        model_config=model_config,
+        build=partial(library.build, model_config),
+        curriculum=partial(package.curriculum, config.curriculum),
+        param_groups=partial(package.param_groups, optim=config.optim),
+        rows=rows,
+        validation=validation,
+        notes=notes,
+    )
+
+
+def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any]) -> Any:
+    """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them."""
+    tokenizer = rows.tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model_config = preset(config.preset, **({"vocab_size": rows.vocab_size} | special | config.model))
+    if model_config.vocab_size < rows.vocab_size:
+        rule = f"the tokenizer of the data has {rows.vocab_size} tokens; leave it out, or make it at least as large"
+        raise ValueError(f"model.vocab_size={model_config.vocab_size}: {rule}")
+    if config.data.length > model_config.max_position_embeddings:
+        rule = f"the model is made for max_position_embeddings={model_config.max_position_embeddings}"
+        raise ValueError(f"data.length={config.data.length}: {rule}")
+    return model_config
+
+
+def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Begin or continue the run of `job`, whatever family it comes from."""
+    acc = parallel.accelerator(config)
+    console = (console or Console()) if acc.is_main_process else Console(quiet=True)
+    _check_processes(config, acc)
+    curriculum = job.curriculum(config.steps)
+    found = _existing(config, job, acc, resume=resume)
+    at = checkpoint.newest(config.folder / "checkpoints") or 0
+    acc.wait_for_everyone()  # nobody writes before everybody has looked
+    if acc.is_main_process:
+        _prepare_folder(config, job, acc, found, at)
+    acc.wait_for_everyone()
+    for note in job.notes:
+        _say(console, f"note: {note}")
+    if at >= config.steps:
+        _say(console, f"{config.folder} is finished: step {at} of {config.steps}. Nothing to do.")
+        return _finished(config.folder, at)
+    if resume:
+        _say(console, f"continuing {config.folder} from step {at}" if at else f"no checkpoint in {config.folder} yet: beginning at step 0")
+
+    seed_everything(config.seed)
+    model = job.build()
+    parameters = sum(p.numel() for p in model.parameters())
+    _say(
+        console,
+        f"{config.name}: {parameters / 1e6:,.1f} M parameters, {config.steps:,} steps of {config.batch_tokens:,} tokens on {_where(acc)}",
+    )
+    with ExitStack() as stack:
+        result = train(
+            acc,
+            model,
+            rows=job.rows,
+            validation=job.validation,
+            curriculum=curriculum,
+            param_groups=job.param_groups,
+            config=config,
+            sinks=[stack.enter_context(sink) for sink in _sinks(config, console, at)] if acc.is_main_process else [],
+        )
+    _say(console, _farewell(config, result))
+    return result
+
+
+def _check_processes(config: RunConfig, acc: Accelerator) -> None:
+    rows = config.batch_tokens // config.data.length
+    if rows < acc.num_processes:
+        rule = f"{rows} rows of {config.data.length} tokens a step cannot be shared by {acc.num_processes} processes"
+        raise ValueError(f"batch_tokens={config.batch_tokens}: {rule}")
+    if str(acc.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        rule = (
+            f'set strategy = "ddp" or "fsdp2" in the recipe, and let the launcher only start processes (it asks for {acc.distributed_type})'
+        )
+        raise ValueError(f"strategy={config.strategy!r}: {rule}")
+    if config.precision == "bf16" and acc.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"precision='bf16': {torch.cuda.get_device_name(acc.device)} does not support it")
+
+
+def _existing(config: RunConfig, job: Job, acc: Accelerator, *, resume: bool) -> dict[str, Any] | None:
+    """Return the record of the run that the folder already holds, after checking that this configuration may continue it."""
+    file = config.folder / "run.json"
+    if not file.is_file():
+        # Rows or checkpoints without a record are not ours to continue or to overwrite.
+        if any((config.folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            raise ValueError(
+                f"name={config.name!r}: {config.folder} holds a run without run.json; choose another name or remove the folder"
+            )
+        return None
+    if not resume:
+        rule = "continue it with --resume, choose another name (--set name=…), or remove the folder"
+        raise ValueError(f"name={config.name!r}: {config.folder} already holds a run; {rule}")
+    found = record.read(file)
+    at = checkpoint.newest(config.folder / "checkpoints") or 0
+    record.check_continues(found, _record(config, job, acc), step=at, curriculum=job.curriculum)
+    return found
+
+
+def _record(config: RunConfig, job: Job, acc: Accelerator) -> dict[str, Any]:
+    return record.describe(config, job.model_config, device=_where(acc), processes=acc.num_processes)
+
+
+def _prepare_folder(config: RunConfig, job: Job, acc: Accelerator, found: dict[str, Any] | None, at: int) -> None:
+    """Write the record, and bring the folder back to what it was at step `at`."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    new = _record(config, job, acc)
+    if found is not None:
+        new |= {
+            "started": found["started"],
+            "resumed": [*found["resumed"], {"step": at, "at": datetime.now(UTC).isoformat(timespec="seconds")}],
+        }
+    record.write(config.folder / "run.json", new)
+    checkpoint.clean(config.folder / "checkpoints")
+    sinks.truncate(config.folder / "metrics.jsonl", at)
+
+
+def _sinks(config: RunConfig, console: Console, at: int) -> list[Any]:
+    found = [sinks.jsonl(config.folder / "metrics.jsonl", config), sinks.screen(console, config, start=at)]
+    return [*found, sinks.tensorboard(config.folder / "tensorboard", config, start=at)] if config.tensorboard else found
+
+
+def _finished(folder: Path, at: int) -> RunResult:
+    state = checkpoint.read(checkpoint.path(folder / "checkpoints", at))["state"]
+    return RunResult(folder, at, state["tokens"], state["best_validation"], state["last_validation"], finished_before=True)
+
+
+def _farewell(config: RunConfig, result: RunResult) -> str:
+    if result.interrupted:
+        name = Signals(result.interrupted).name
+        return f"{name}: stopped and saved at step {result.step} of {config.steps}. Give the same command with --resume to continue."
+    best = f", best validation loss {result.best_validation:.4f}" if result.best_validation is not None else ""
+    return f"finished at step {result.step}{best}: {result.folder}"
+
+
+def _where(acc: Accelerator) -> str:
+    name = torch.cuda.get_device_name(acc.device) if acc.device.type == "cuda" else acc.device.type
+    return f"{name} × {acc.num_processes}" if acc.num_processes > 1 else name
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
