@@ -17,6 +17,11 @@ FIRST = {  # fixed for ever: a change here changes every run that trains on task
 }
 
 
+def prompts(spec, count, *, split="train", seed=0, k=None):
+    stream = samples(spec, split, seed=seed)
+    return {stream.sample(i, k=k).prompt for i in range(count)}
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_the_first_sample_of_a_seed_never_changes(name):
     assert samples(name, "train", seed=7).sample(0).text == FIRST[name]
@@ -50,18 +55,18 @@ def test_held_out_samples_are_never_trained_on_under_any_seed(spec, k):
     """The spaces are small enough here for random draws to collide."""
     train = SampleStream(samples(spec).task, "train", seed=0)
     assert train.task.held_out(k)
-    trained = {train.sample(i, k=k).prompt for i in range(2500)}
-    again = {samples(spec, "train", seed=1).sample(i, k=k).prompt for i in range(2500)}
+    trained = prompts(spec, 2500, k=k)
+    again = prompts(spec, 2500, seed=1, k=k)
     assert trained & again, "the space is too large for this test to mean anything"
     for split in ("validation", "test"):
-        held_out = {samples(spec, split, seed=seed).sample(i, k=k).prompt for seed in (0, 1) for i in range(400)}
+        held_out = prompts(spec, 400, split=split, k=k) | prompts(spec, 400, split=split, seed=1, k=k)
         assert not held_out & (trained | again)
 
 
 def test_small_spaces_are_shared_and_say_so():
     stream = samples("arithmetic", "validation")
     assert not stream.task.held_out(1)
-    everything = {samples("arithmetic", "train").sample(i, k=1).prompt for i in range(4000)}
+    everything = prompts("arithmetic", 4000, k=1)
     assert len(everything) == 11 * (20 + 9)
     assert {stream.sample(i, k=1).prompt for i in range(50)} <= everything
 
@@ -74,7 +79,7 @@ def test_the_declared_number_of_prompts_is_not_more_than_there_are(spec):
     task = samples(spec).task
     for k in task.ks:
         if task.prompts(k) <= 200:
-            met = {samples(spec).sample(i, k=k).prompt for i in range(4000)}
+            met = prompts(spec, 4000, k=k)
             assert len(met) >= task.prompts(k)
 
 

@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import accumulate
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pathlm.config import DataConfig
+from pathlm.text.corpus import Corpus
+from pathlm.text.rows import IGNORE, PADDING, PackedRows, Rows
 from pathlm.text.synthetic import SampleStream, open_task
 from pathlm.text.synthetic.draws import Draws
 from pathlm.text.synthetic.words import SampleEncoder, task_tokenizer
 
-if TYPE_CHECKING:
-    from pathlm.text.rows import Rows
-
-IGNORE = -100
 NAMES = ("input_ids", "labels", "document_ids")
 TASK_DOCUMENTS = 1 << 40
 """Document ids of samples start here; a corpus has fewer documents."""
@@ -41,9 +39,6 @@ def open_rows(data: DataConfig, split: str, *, seed: int) -> Rows:
     """
     if data.task_share == 1.0 and data.corpus is None:
         return TaskRows(data.tasks, split, length=data.length, seed=seed, labels=data.task_labels)
-    from pathlm.text.corpus import Corpus
-    from pathlm.text.rows import PackedRows
-
     assert data.corpus is not None
     corpus = Corpus.open(data.corpus)
     if data.task_share == 0.0:
@@ -100,6 +95,7 @@ class TaskRows:
 
     def batch(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return rows `start` … `start + count − 1`: `input_ids`, `labels` and `document_ids`, each (count, length) int64."""
+        _require_rows(start, count)
         with self._lock:
             blocks = [(self._block(row // _BLOCK), row % _BLOCK) for row in range(start, start + count)]
         batch = {name: np.empty((count, self.length), dtype=np.int64) for name in NAMES}
@@ -108,7 +104,7 @@ class TaskRows:
                 array[i] = block[name][row]
         return batch
 
-    def describe(self, batch: Mapping[str, np.ndarray]) -> list[str]:
+    def describe(self, batch: dict[str, np.ndarray]) -> list[str]:
         """Return the samples in a batch, as `task:options#number k=steps`."""
         numbers = np.unique(np.asarray(batch["document_ids"]))
         with self._lock:
@@ -136,7 +132,7 @@ class TaskRows:
     def _pack(self, number: int) -> dict[str, np.ndarray]:
         """Fill the rows of a block with samples in order, each row until the next sample does not fit."""
         shape = (_BLOCK, self.length)
-        ids, labels, documents = np.full(shape, self._encode.pad_id), np.full(shape, IGNORE), np.full(shape, -1)
+        ids, labels, documents = np.full(shape, self._encode.pad_id), np.full(shape, IGNORE), np.full(shape, PADDING)
         self._choices.seek(number)
         row = at = 0
         for index in range(number * _PER_BLOCK, (number + 1) * _PER_BLOCK):
@@ -180,18 +176,24 @@ class MixedRows:
 
     def batch(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return rows `start` … `start + count − 1`: `input_ids`, `labels` and `document_ids`, each (count, length) int64."""
-        before, after = self.task_rows_before(start), self.task_rows_before(start + count)
-        tasks = self._tasks.batch(before, after - before)
-        text = self._text.batch(start - before, count - (after - before))
-        is_task = np.array([self.task_rows_before(i + 1) > self.task_rows_before(i) for i in range(start, start + count)], dtype=bool)
-        mixed = {}
-        for name in NAMES:
-            mixed[name] = np.empty((count, self.length), dtype=np.int64)
-            mixed[name][is_task], mixed[name][~is_task] = tasks[name], text[name]
+        _require_rows(start, count)
+        before = [self.task_rows_before(row) for row in range(start, start + count + 1)]
+        is_task = np.diff(before).astype(bool)
+        mixed = {name: np.empty((count, self.length), dtype=np.int64) for name in NAMES}
+        for rows, first, mine in ((self._tasks, before[0], is_task), (self._text, start - before[0], ~is_task)):
+            if mine.any():
+                part = rows.batch(first, int(mine.sum()))
+                for name in NAMES:
+                    mixed[name][mine] = part[name]
         return mixed
 
-    def describe(self, batch: Mapping[str, np.ndarray]) -> list[str]:
+    def describe(self, batch: dict[str, np.ndarray]) -> list[str]:
         """Return the documents and samples in a batch."""
         documents = np.asarray(batch["document_ids"])
-        only_text = {**batch, "document_ids": np.where(documents >= TASK_DOCUMENTS, -1, documents)}
+        only_text = {**batch, "document_ids": np.where(documents >= TASK_DOCUMENTS, PADDING, documents)}
         return [*self._text.describe(only_text), *self._tasks.describe(batch)]
+
+
+def _require_rows(start: int, count: int) -> None:
+    if start < 0 or count < 1:
+        raise ValueError(f"rows {start} to {start + count - 1}: start must not be negative and count must be at least 1")

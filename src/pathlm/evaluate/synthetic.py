@@ -1,0 +1,104 @@
+"""Exact-match accuracy on synthetic tasks, per task and number of steps k, on samples that were held out of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pathlm.text.synthetic import SampleStream, open_task
+from pathlm.text.synthetic.words import EncodedSample, SampleEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """How many answers of one task at one k were right in every token."""
+
+    task: str
+    """Name with the options that differ from the defaults."""
+    k: int
+    correct: int
+    samples: int
+    accuracy: float
+    low: float
+    """Lower end of the 95 % interval of the accuracy (Wilson, 1927)."""
+    high: float
+    token_accuracy: float
+    """Share of answer tokens that were right."""
+    held_out: bool
+    """Whether no sample was ever trained on; False where a task at this k has so few prompts that training meets all of them."""
+
+    def row(self) -> dict[str, Any]:
+        """Return the fields as plain values, ready for a table or JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def score_tasks(
+    model: Any,
+    tasks: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 200,
+    ks: Iterable[int] | None = None,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[TaskScore]:
+    """Score a causal language model on `samples` samples of every task and k; `tasks` are names with options.
+
+    The answer is given to the model token by token and each of its tokens must be the likeliest where it is due (teacher-forced greedy):
+    the whole answer is right exactly when greedy decoding would have written it. `ks` limits the numbers of steps. The model's mode is left
+    as it was.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: must be at least 1")
+    opened = [open_task(spec) for spec in tasks]
+    encode = SampleEncoder(tokenizer, opened)
+    asked = None if ks is None else set(ks)
+    was_training = model.training
+    model.eval()
+    try:
+        scores = []
+        for task in opened:
+            stream = SampleStream(task, split, seed=seed)
+            for k in (k for k in task.ks if asked is None or k in asked):
+                encoded = [encode(stream.sample(index, k=k)) for index in range(samples)]
+                right, wrong, exact = 0, 0, 0
+                for start in range(0, samples, batch_size):
+                    for hits in answer_hits(model, encoded[start : start + batch_size], pad_id=encode.pad_id):
+                        right, wrong, exact = right + int(hits.sum()), wrong + int((~hits).sum()), exact + bool(hits.all())
+                low, high = interval(exact, samples)
+                scores.append(
+                    TaskScore(task.spec, k, exact, samples, exact / samples, low, high, right / (right + wrong), task.held_out(k))
+                )
+        return scores
+    finally:
+        model.train(was_training)
+
+
+def answer_hits(model: Any, encoded: list[EncodedSample], *, pad_id: int) -> list[Tensor]:
+    """Return, for each sample, which of its answer tokens are the model's likeliest: boolean, (answer tokens,)."""
+    longest = max(sample.stop for sample in encoded)
+    device = next(model.parameters()).device
+    input_ids = torch.full((len(encoded), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, sample in enumerate(encoded):
+        input_ids[i, : sample.stop] = torch.tensor(sample.ids[: sample.stop])
+        attention_mask[i, : sample.stop] = 1
+    best = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits.argmax(dim=-1).cpu()
+    pairs = zip(encoded, best, input_ids, strict=True)
+    return [likeliest[s.start - 1 : s.stop - 1] == ids[s.start : s.stop] for s, likeliest, ids in pairs]
+
+
+def interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's interval for a binomial proportion, 95 % by default."""
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    margin = z / (1 + z * z / trials) * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - margin), min(1.0, centre + margin)
