@@ -54,14 +54,14 @@ def test_the_score_adds_up_over_all_documents(model):
     assert result.bits_per_byte == pytest.approx(sum(every) / math.log(2) / result.bytes, rel=1e-12)
 
 
-@pytest.mark.parametrize("length", range(2, 40))
 @pytest.mark.parametrize(("context", "stride"), [(8, 8), (8, 4), (8, 3), (8, 1), (5, 2)])
-def test_windows_count_every_token_but_the_first_exactly_once(length, context, stride):
-    found = windows(length, context=context, stride=stride)
-    counted = [token for window in found for token in range(window.first, window.stop + 1)]
-    assert counted == list(range(1, length))
-    assert all(0 < window.stop - window.start <= context for window in found)
-    assert all(window.first - window.start > context - stride for window in found[1:])
+def test_windows_count_every_token_but_the_first_exactly_once(context, stride):
+    for length in range(2, 40):
+        found = windows(length, context=context, stride=stride)
+        counted = [token for window in found for token in range(window.first, window.stop + 1)]
+        assert counted == list(range(1, length))
+        assert all(0 < window.stop - window.start <= context for window in found)
+        assert all(window.first - window.start > context - stride for window in found[1:])
 
 
 def test_neither_batches_nor_groups_change_a_score(model, monkeypatch):

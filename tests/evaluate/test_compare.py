@@ -1,0 +1,177 @@
+"""`pathlm eval` on a corpus that was really prepared: right numbers, cached n-grams, results beside the checkpoint, clear refusals."""
+
+import io
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from pathlm import build, preset
+from pathlm.evaluate import compare, run
+from pathlm.evaluate.lm import score
+from pathlm.evaluate.ngram import KneserNey
+from pathlm.evaluate.records import read_token_losses
+from pathlm.text.corpus import Corpus
+from pathlm.text.prepare import prepare, prepare_config
+
+LINE = "the people of this nation hold that peace, trade and law serve 春眠不觉晓 every citizen in all the states and 处处闻啼鸟"
+WORDS = LINE.split()
+
+
+def write_texts(file, *, documents, seed):
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(WORDS, weights=range(len(WORDS), 0, -1), k=draw.randrange(5, 60))) + "." for _ in range(documents)]
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+
+
+def make_corpus(folder, *, seed=0, vocab_size=300):
+    write_texts(folder / "texts.jsonl", documents=80, seed=seed)
+    source = {"path": str(folder / "texts.jsonl")}
+    table = {"out": str(folder / "corpus"), "sources": [source], "vocab_size": vocab_size, "validation": 0.2, "test": 0.1, "workers": 1}
+    prepare(prepare_config(table))
+    return Corpus.open(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("text"))
+
+
+def save_model(folder, corpus, *, vocab_size=None, with_tokenizer=True):
+    torch.manual_seed(0)
+    options = {"vocab_size": vocab_size or corpus.vocab_size, "max_position_embeddings": 32, "hidden_size": 32, "num_attention_heads": 2}
+    build(preset("plain-tiny", **options)).save_pretrained(folder)
+    if with_tokenizer:
+        corpus.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(tmp_path, corpus):
+    """Return a run folder as training leaves it."""
+    place = tmp_path / "run"
+    for name in ("step-00000001", "step-00000002"):
+        save_model(place / "checkpoints" / name, corpus)
+    (place / "checkpoints" / "best").symlink_to("step-00000001")
+    (place / "checkpoints" / "latest").symlink_to("step-00000002")
+    (place / "run.json").write_text(json.dumps({"config": {"data": {"corpus": str(corpus.folder), "length": 24}}}))
+    return place
+
+
+def test_a_run_is_measured_on_its_own_corpus_beside_the_ngrams(trained, corpus):
+    result = run(trained)
+    documents = [corpus.document_tokens("validation", n) for n in range(len(corpus.documents("validation")))]
+    texts = [record.bytes for record in corpus.documents("validation")]
+    tokens = sum(len(document) - 1 for document in documents)
+    assert result["checkpoint"] == str((trained / "checkpoints" / "step-00000001").resolve())
+    assert (result["model"]["context"], result["model"]["stride"]) == (24, 12)
+    for found in (result["model"], *result["ngrams"]["orders"].values()):
+        assert (found["tokens"], found["bytes"], found["documents"]) == (tokens, sum(texts), len(documents))
+        assert found["bits_per_byte"] == pytest.approx(found["loss"] * tokens / math.log(2) / sum(texts))
+    assert result["model"]["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.5)
+
+    train = [corpus.document_tokens("train", n) for n in range(len(corpus.documents("train")))]
+    reference = KneserNey(np.concatenate(train), np.cumsum([0, *map(len, train)])[:-1], vocab_size=corpus.vocab_size)
+    expected = reference.losses(np.concatenate(documents), np.cumsum([0, *map(len, documents)])[:-1]).mean(axis=1)
+    assert result["ngrams"]["train_tokens"] == sum(map(len, train))
+    assert [result["ngrams"]["orders"][str(n)]["loss"] for n in range(1, 6)] == pytest.approx(expected.tolist())
+
+
+def test_the_bytes_are_those_of_the_text(corpus):
+    tokenizer = corpus.tokenizer()
+    for record in corpus.documents("validation"):
+        text = tokenizer.decode(corpus.document_tokens("validation", record.number), skip_special_tokens=True)
+        assert len(text.encode()) == record.bytes
+
+
+def test_results_of_every_split_are_kept_beside_the_checkpoints(trained):
+    first = run(trained, max_documents=2)
+    second = run(trained / "checkpoints" / "latest", split="test", order=2)
+    assert json.loads((trained / "eval.json").read_text()) == {"validation": first, "test": second}
+    assert list(second["ngrams"]["orders"]) == ["1", "2"]
+    assert first["model"]["documents"] == first["ngrams"]["orders"]["3"]["documents"] == 2
+    assert not list(trained.glob("*.part"))
+
+
+def test_the_second_evaluation_counts_no_ngrams(trained, corpus, monkeypatch):
+    first = run(trained)
+    assert (corpus.folder / compare.NGRAM_CACHE).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "KneserNey", None)
+        assert run(trained)["ngrams"] == first["ngrams"]
+        with pytest.raises(TypeError):  # other documents are no reason to use the cache
+            run(trained, max_documents=1)
+    Corpus.open(corpus.folder)  # the cache does not spoil the corpus
+
+
+def test_a_damaged_cache_is_counted_again(trained, corpus):
+    first = run(trained)["ngrams"]
+    (corpus.folder / compare.NGRAM_CACHE).write_text("{", encoding="utf-8")
+    assert run(trained)["ngrams"] == first
+
+
+def test_ngrams_are_counted_on_whole_documents_up_to_a_bound(corpus):
+    chosen = list(corpus.documents("validation"))
+    sizes = [record.tokens for record in corpus.documents("train")]
+    found = compare.ngram_scores(corpus, "validation", chosen, order=2, train_tokens=sum(sizes[:4]) + 1)
+    assert found["train_tokens"] == sum(sizes[:4])
+
+
+def test_the_table_shows_ngrams_then_the_model(trained):
+    screen = io.StringIO()
+    result = run(trained, console=Console(file=screen, width=120))
+    lines = [line for line in screen.getvalue().splitlines() if "-gram " in line or "run, step-00000001" in line]
+    assert len(lines) == 6 and "run, step-00000001" in lines[-1]
+    assert f"{result['model']['loss']:.4f}" in lines[-1] and f"{result['ngrams']['orders']['3']['bits_per_byte']:.4f}" in lines[2]
+    assert str(trained / "eval.json") in screen.getvalue()
+
+
+def test_records_are_written_on_request_and_join_with_the_corpus(trained, corpus, tmp_path):
+    result = run(trained, records=tmp_path / "losses.safetensors", order=0)
+    found = read_token_losses(tmp_path / "losses.safetensors")
+    found.check(corpus)
+    assert found.loss.mean(dtype=np.float64) == pytest.approx(result["model"]["loss"], rel=1e-6)
+    assert result["ngrams"]["orders"] == {}
+
+
+def test_a_foreign_folder_needs_a_corpus_and_gets_its_own_context(tmp_path, corpus):
+    folder = save_model(tmp_path / "model", corpus)
+    with pytest.raises(ValueError, match=r"corpus: .* does not say which corpus"):
+        run(folder)
+    result = run(folder, corpus.folder, order=1)
+    assert result["model"]["context"] == 32
+    assert (folder / "eval.json").is_file()
+    model = build(preset("plain-tiny", vocab_size=corpus.vocab_size, max_position_embeddings=32, hidden_size=32, num_attention_heads=2))
+    model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+    assert score(model, corpus).loss == pytest.approx(result["model"]["loss"], rel=1e-6)
+
+
+def test_a_model_with_another_vocabulary_is_refused(tmp_path, corpus):
+    other = make_corpus(tmp_path, seed=5, vocab_size=310)
+    with pytest.raises(ValueError, match=r"vocab_size=\d+, the tokenizer of .* has \d+ tokens"):
+        run(save_model(tmp_path / "small", corpus, vocab_size=280), corpus.folder)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        run(save_model(tmp_path / "other", other), corpus.folder)
+    with pytest.raises(ValueError, match="do not match"):
+        run(save_model(tmp_path / "bare", corpus, vocab_size=corpus.vocab_size + 1, with_tokenizer=False), corpus.folder)
+    padded = save_model(tmp_path / "padded", corpus, vocab_size=corpus.vocab_size + 20)
+    assert run(padded, corpus.folder, order=1, max_documents=1)["model"]["documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"split": "nowhere"}, ValueError, "split='nowhere'"),
+        ({"order": -1}, ValueError, "order=-1"),
+        ({"context": 33}, ValueError, "context=33"),
+        ({"corpus": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused(trained, options, error, message):
+    with pytest.raises(error, match=message):
+        run(trained, **options)
