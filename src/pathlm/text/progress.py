@@ -6,8 +6,10 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 from pathlm.text.collect import Report
+from pathlm.text.manifest import Manifest
 
 TITLES = {"read": "Reading text", "tokenizer": "Training tokenizer", "encode": "Encoding", "write": "Writing shards"}
 _EVERY = 0.1
@@ -36,3 +38,15 @@ def rich_reporter(progress: Progress) -> Report:
         progress.update(tasks[phase], completed=done, total=total)
 
     return report
+
+
+def summary(manifest: Manifest) -> Table:
+    """Return a prepared corpus as a table: documents, tokens and bytes of each split, then where it lies."""
+    kind, size = manifest.tokenizer["kind"], manifest.vocab_size
+    shown = Table(title=f"{manifest.folder}: {kind} tokenizer, {size:,} tokens", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    shown.add_column("split")
+    for name in ("documents", "tokens", "bytes"):
+        shown.add_column(name, justify="right")
+    for name, split in manifest.splits.items():
+        shown.add_row(name, *(f"{split[field]:,}" for field in ("documents", "tokens", "bytes")))
+    return shown

@@ -1,0 +1,190 @@
+"""The command line: instant, frozen, one clear line for a mistake, and nothing that Python cannot do."""
+
+import dataclasses
+import inspect
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer.main
+from typer.testing import CliRunner
+
+import pathlm
+from pathlm.cli import app
+from pathlm.config import RunError
+
+COMMANDS = typer.main.get_command(app).commands
+HELP = """
+import sys
+from pathlm.cli import app
+for command in {commands!r}:
+    app([*command, "--help"], prog_name="pathlm", standalone_mode=False)
+heavy = {{"torch", "transformers", "accelerate", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def pathlm_command(*arguments, **options):
+    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="pathlm", **options)
+
+
+def options_of(command):
+    return {p.name: p for p in COMMANDS[command].params}
+
+
+def test_every_help_page_is_shown_without_torch():
+    program = HELP.format(commands=[(), *((name,) for name in COMMANDS)])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"Usage: pathlm {name}" in done.stdout
+
+
+def test_help_takes_less_than_half_a_second_of_processor_time():
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "pathlm", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 0.5
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "pathlm", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"pathlm {pathlm.__version__}\n"
+
+
+def test_commands_and_their_options_stay_as_published():
+    published = {
+        "demo": "folder",
+        "prepare": "sources recipe out tokenizer vocab_size overrides",
+        "train": "recipe overrides resume",
+        "eval": "",
+        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end device",
+        "presets": "",
+        "convert": "folder out to",
+        "bench": "name arguments",
+    }
+    assert {name: " ".join(options_of(name)) for name in COMMANDS} == published
+
+
+def twins(command):
+    """What the options of a command are in Python: parameters of functions, fields of configurations."""
+    from pathlm import bench, config, demo, generate, train
+    from pathlm.models.brian import convert
+
+    homes = {
+        "train": (config.load, train.start),
+        "generate": (generate.run, generate.read_prompts),
+        "convert": (convert.convert,),
+        "bench": (bench.bench,),
+        "demo": (demo.demo,),
+        "presets": (),
+    }[command]
+    found = {}
+    for home in homes:
+        if dataclasses.is_dataclass(home):
+            found |= {f.name: f.default for f in dataclasses.fields(home)}
+        else:
+            found |= {name: p.default for name, p in inspect.signature(home).parameters.items()}
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_option_has_a_python_twin_with_the_same_default(command):
+    known = twins(command)
+    for name, option in options_of(command).items():
+        assert name in known, f"pathlm {command}: {name} cannot be given in Python"
+        if option.default is not None and known[name] is not inspect.Parameter.empty:
+            assert option.default == known[name], f"pathlm {command}: {name}"
+
+
+def test_a_misspelt_field_is_one_red_line_that_names_it():
+    done = pathlm_command("train", "plain-tiny", "--set", "optim.lrr=3")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: OptimConfig has no option optim.lrr; it has betas")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_recipe_that_does_not_exist_is_answered_with_the_shipped_ones():
+    done = pathlm_command("train", "plain-tyni")
+    assert done.exit_code == 2
+    assert "'plain-tyni'" in done.stderr
+    assert "plain-tiny" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "nowhere", "hello"), ("convert", "nowhere", "out", "--to", "llama")])
+def test_a_folder_that_does_not_exist_is_named(command):
+    done = pathlm_command(*command)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert "'nowhere'" in done.stderr
+
+
+def test_debug_shows_where_an_error_came_from():
+    done = pathlm_command("--debug", "train", "plain-tyni")
+    assert isinstance(done.exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (RunError("the loss is not finite at step 7"), 1, "error: the loss is not finite at step 7\n"),
+        (ValueError("size=3:\n must be even [sic]"), 2, "error: size=3: must be even [sic]\n"),
+        (PermissionError(13, "Permission denied", "runs/x"), 2, "error: Permission denied: runs/x\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+    ],
+    ids=["Ctrl-C", "a stopped run", "a bad value", "the system's no", "no message"],
+)
+def test_errors_end_with_their_code_and_without_a_traceback(monkeypatch, error, code, line):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pathlm.bench.bench", fail)
+    done = pathlm_command("bench")
+    assert (done.exit_code, done.stderr) == (code, line)
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("pathlm.bench.bench", fail)
+    assert isinstance(pathlm_command("bench").exception, AssertionError)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    with subprocess.Popen([sys.executable, "-m", "pathlm", "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_presets_lists_every_preset_with_its_exact_size():
+    shown = pathlm_command("presets").stdout
+    for name, summary in pathlm.presets().items():
+        row = next(line for line in shown.splitlines() if line.startswith(name + " "))
+        assert f" {summary.parameters:,} " in row
+        assert row.rstrip().endswith(f"{summary.cache_bytes_per_token:,}")
+
+
+def test_bench_lists_the_benchmarks_and_refuses_unknown_ones():
+    assert "cli" in pathlm_command("bench").stdout
+    refused = pathlm_command("bench", "nope", "--repeats", "1")
+    assert refused.exit_code == 2
+    assert "there is no benchmark 'nope'; there are cli" in refused.stderr
+
+
+def test_convert_goes_to_llama_and_back(tmp_path):
+    torch.manual_seed(0)
+    model = pathlm.build(pathlm.preset("plain-tiny", vocab_size=64, hidden_size=32, intermediate_size=48)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    assert pathlm_command("convert", tmp_path / "ours", tmp_path / "llama", "--to", "llama").exit_code == 0
+    done = pathlm_command("convert", tmp_path / "llama", tmp_path / "again", "--to", "brian")
+    assert done.stdout == f"wrote {tmp_path / 'again'}\n"
+    again = type(model).from_pretrained(tmp_path / "again").eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
