@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,39 +53,64 @@ def normalised(sources: Sequence[SourceConfig]) -> list[float]:
     return [share / sum(shares) for share in shares]
 
 
-def write_split(
-    split: str, kept: Iterator[tuple[Seen, Encoded]], tokens: np.ndarray, out: Path, *, titles: Sequence[str], journal: Journal,
-    shard_tokens: int, report: Report,
-) -> dict[str, Any]:
-    """Write one split: shards of `shard_tokens` tokens, one record per document, and the index. Shards that are already there stay."""
-    folder = out / split
+@dataclass(frozen=True)
+class _Layout:
+    """What every split is written from and to."""
+
+    out: Path
+    tokens: np.ndarray
+    titles: list[str]
+    journal: Journal
+    shard_tokens: int
+    report: Report
+    bytes: int
+    """Of text over all splits, for the progress bar."""
+
+
+def _write_split(split: str, kept: Iterator[tuple[Seen, Encoded]], layout: _Layout, *, before: int) -> dict[str, Any]:
+    """Write one split: shards, one record per document, and the index. Shards that are already there stay."""
+    folder = layout.out / split
     folder.mkdir(exist_ok=True)
-    shards = _Shards(folder, split, tokens.dtype, journal, shard_tokens)
+    shards = _Shards(folder, split, layout)
     totals = {"documents": 0, "tokens": 0, "bytes": 0, "characters": 0}
-    by_source = [0] * len(titles)
+    by_source = [0] * len(layout.titles)
     position = 0
     with (folder / "documents.jsonl").open("wb") as lines, (folder / "index.bin").open("wb") as index:
         for document, encoded in kept:
             index.write(np.array([totals["tokens"], position], dtype="<u8").tobytes())
-            record = {
-                "id": document.id, "source": titles[document.source], "split": split, "tokens": encoded.tokens, "bytes": document.bytes,
-                "characters": document.characters, "sha256_text": document.sha.hex(), "sha256_tokens": encoded.sha.hex(),
-            }
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            lines.write(line)
-            position += len(line)
+            position += lines.write(_record(document, encoded, layout.titles[document.source]))
             for start in range(encoded.offset, encoded.offset + encoded.tokens, _COPY):
-                shards.write(tokens[start : min(start + _COPY, encoded.offset + encoded.tokens)])
-            for name, value in (("documents", 1), ("tokens", encoded.tokens), ("bytes", document.bytes), ("characters", document.characters)):
+                shards.write(layout.tokens[start : min(start + _COPY, encoded.offset + encoded.tokens)])
+            for name, value in (
+                ("documents", 1),
+                ("tokens", encoded.tokens),
+                ("bytes", document.bytes),
+                ("characters", document.characters),
+            ):
                 totals[name] += value
             by_source[document.source] += encoded.tokens
-            report("write", totals["bytes"], None)
+            layout.report("write", before + totals["bytes"], layout.bytes)
         index.write(np.array([totals["tokens"], position], dtype="<u8").tobytes())
         for file in (lines, index):
             file.flush()
             os.fsync(file.fileno())
-    files = [describe_file(out, folder / name) for name in ("documents.jsonl", "index.bin")]
+    files = [describe_file(layout.out, folder / name) for name in ("documents.jsonl", "index.bin")]
     return totals | {"shards": shards.close(), "files": files, "tokens_by_source": by_source}
+
+
+def _record(document: Seen, encoded: Encoded, source: str) -> bytes:
+    """Return the line of documents.jsonl."""
+    record = {
+        "id": document.id,
+        "source": source,
+        "split": document.split,
+        "tokens": encoded.tokens,
+        "bytes": document.bytes,
+        "characters": document.characters,
+        "sha256_text": document.sha.hex(),
+        "sha256_tokens": encoded.sha.hex(),
+    }
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def describe_file(root: Path, file: Path) -> dict[str, Any]:
@@ -95,8 +121,8 @@ def describe_file(root: Path, file: Path) -> dict[str, Any]:
 class _Shards:
     """Cuts a stream of tokens into files. A finished file is recorded in the journal and never written twice."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, journal: Journal, size: int) -> None:
-        self._folder, self._split, self._dtype, self._journal, self._size = folder, split, dtype, journal, size
+    def __init__(self, folder: Path, split: str, layout: _Layout) -> None:
+        self._folder, self._split, self._journal, self._size = folder, split, layout.journal, layout.shard_tokens
         self._number, self._filled = 0, 0
         self._out: Any = None
         self._digest = hashlib.sha256()
@@ -114,8 +140,9 @@ class _Shards:
         while len(tokens):
             piece, tokens = tokens[: self._size - self._filled], tokens[self._size - self._filled :]
             if self._known is None:
-                self._digest.update(piece)
-                self._out.write(np.ascontiguousarray(piece).data)
+                content = np.ascontiguousarray(piece).data
+                self._digest.update(content)
+                self._out.write(content)
             self._filled += len(piece)
             if self._filled == self._size:
                 self._finish()
@@ -150,15 +177,15 @@ def write_all(
     cutoffs = choose(journal, sources)
     count = token_file.stat().st_size // DTYPES[dtype].itemsize
     tokens = np.memmap(token_file, dtype=DTYPES[dtype], mode="r", shape=(count,))
-    present = {split for _, split, _, _, _ in journal.totals()}
-    titles = [source.title for source in sources]
-    splits = {}
+    totals = list(journal.totals())
+    size = sum(row[3] for row in totals)
+    layout = _Layout(out, tokens, [source.title for source in sources], journal, shard_tokens, report, size)
+    splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
-        if split == "shift" and split not in present:
-            continue
-        kept = journal.kept(split, cutoffs)
-        options = {"titles": titles, "journal": journal, "shard_tokens": shard_tokens, "report": report}
-        splits[split] = write_split(split, kept, tokens, out, **options)
+        if split != "shift" or any(row[1] == split for row in totals):
+            before = sum(record["bytes"] for record in splits.values())
+            splits[split] = _write_split(split, journal.kept(split, cutoffs), layout, before=before)
+    report("write", size, size)
     return splits, _describe_sources(journal, sources, splits)
 
 

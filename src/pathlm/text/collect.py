@@ -125,5 +125,6 @@ def collect(
         raise ValueError(
             f"the corpus is empty: no document fell into the train split ({where}); add text, set a separator, or lower validation and test"
         )
+    report("read", collector.bytes, collector.bytes)
     journal.set(collected_all=True, dropped=collector.dropped)
     journal.commit()

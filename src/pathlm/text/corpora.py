@@ -271,6 +271,14 @@ NAMED: dict[str, NamedCorpus] = {
         "7e0d763c6787bb9ca3c6043912f10cdd3c76e59f299a5f3826941f08c2d9d26b",
         "WordNet licence",
     ),
-    "gcide": NamedCorpus("apt", "dict-gcide", "0.48.5+nmu2", r"dictd/gcide\.dict\.dz$", _entries, "", "GPL"),
+    "gcide": NamedCorpus(
+        "apt",
+        "dict-gcide",
+        "0.48.5+nmu2",
+        r"dictd/gcide\.dict\.dz$",
+        _entries,
+        "97b5d2ee9cde3af028ca4430345a5a9435c8dc18be8259aeb0e57acdf11a479b",
+        "GPL",
+    ),
 }
 """Every corpus that `prepare` knows by name."""

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: its splits as token streams, its documents as records, its tokenizer. Nothing is read before it is asked for."""
+"""A prepared corpus on disk: its splits as token streams, its documents as records, its tokenizer; read only when asked for."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Corpus:
         self.folder = folder
         self.record = manifest
         self._documents: dict[str, Documents] = {}
+        self._streams: dict[str, TokenStream] = {}
 
     @classmethod
     def open(cls, folder: Path | str, *, verify: bool = True) -> Corpus:
@@ -91,7 +92,9 @@ class Corpus:
 
     def tokens(self, split: str) -> TokenStream:
         """Return the tokens of a split as one sequence; slices are int64 arrays."""
-        return TokenStream(self.folder, self._split(split)["shards"], self.record.dtype)
+        if split not in self._streams:
+            self._streams[split] = TokenStream(self.folder, self._split(split)["shards"], self.record.dtype)
+        return self._streams[split]
 
     def documents(self, split: str) -> Documents:
         """Return the records of a split's documents as a sequence that reads lines only when they are asked for."""

@@ -22,6 +22,8 @@ TASK_BYTES = 256 << 10
 PART_CHARACTERS = 256 << 10
 """Longer texts are encoded in parts, where the tokenizer allows it."""
 _READ = 1 << 20
+_AHEAD = 6
+"""Tasks a thread that may be read ahead: threads differ in speed, and results are used in order."""
 
 
 class Part(NamedTuple):
@@ -124,7 +126,7 @@ def _run(task: list[Part], encoder: Encoder, dtype: str) -> Result:
     parts, digests, start = [], [], 0
     for part, size in zip(task, sizes.tolist(), strict=True):
         if part.first and part.last:
-            digests.append(hashlib.sha256(flat[start : start + size]).digest())
+            digests.append(hashlib.sha256(flat[start : start + size].data).digest())
         start += size
         parts.append((part.number, size, part.first, part.last))
     return Result(parts, flat, digests, sum(part.bytes for part in task))
@@ -146,7 +148,7 @@ def _in_order(tasks: Iterator[list[Part]], encoder: Encoder, dtype: str, workers
         try:
             for task in tasks:
                 waiting.append(pool.submit(_run, task, encoder, dtype))
-                if len(waiting) > 2 * workers:
+                if len(waiting) > _AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -186,7 +188,7 @@ class _Writer:
 
     def write(self, result: Result) -> None:
         """Append one result."""
-        result.tokens.tofile(self._out) if False else self._out.write(result.tokens.data)
+        self._out.write(result.tokens.data)
         digests = iter(result.digests)
         start = 0
         for number, size, first, last in result.parts:
@@ -200,7 +202,7 @@ class _Writer:
 
     def _partial(self, number: int, tokens: np.ndarray, first: bool, last: bool) -> None:
         count, digest = (0, hashlib.sha256()) if first else self._open
-        digest.update(tokens)
+        digest.update(tokens.data)
         count += len(tokens)
         self._open, self._inside = (count, digest), not last
         if last:

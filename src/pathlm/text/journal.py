@@ -43,11 +43,15 @@ class Encoded(NamedTuple):
     offset: int
 
 
+class Busy(ValueError):
+    """Another process is preparing the same folder."""
+
+
 class Journal:
     """The memory of one preparation. One process at a time; `commit` makes everything since the last commit durable."""
 
     def __init__(self, file: Path) -> None:
-        """Open or create. Raises `ValueError` when another process holds the file or it is damaged."""
+        """Open or create. Raises `Busy` when another process holds the file, `ValueError` when it is damaged."""
         try:
             self._db = sqlite3.connect(file, isolation_level=None, timeout=1.0, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -57,9 +61,9 @@ class Journal:
             self._db.executescript(_TABLES)
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            busy = "locked" in str(error)
-            why = "another prepare is working there" if busy else f"its journal is damaged ({error}); prepare again with overwrite"
-            raise ValueError(f"{file.parent.parent}: {why}") from error
+            if "locked" in str(error):
+                raise Busy(f"{file.parent.parent}: another prepare is working there") from error
+            raise ValueError(f"{file.parent.parent}: its journal is damaged ({error}); prepare again with overwrite") from error
 
     def commit(self) -> None:
         """Make everything so far durable."""

@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from pathlm.config import with_options
+from pathlm.config import find_recipe, override, shipped_recipes, with_options
 from pathlm.text import assemble, corpora
 from pathlm.text import tokenizers as tk
 from pathlm.text.collect import Report, collect
 from pathlm.text.encode import encode, spooled_text
-from pathlm.text.journal import Journal
+from pathlm.text.journal import Busy, Journal
 from pathlm.text.manifest import FILE, FORMAT, Manifest
-from pathlm.text.shards import DTYPES, dtype_for
+from pathlm.text.shards import dtype_for
 from pathlm.text.sources import SourceConfig, fingerprint, parse_source, source_from
 
-__all__ = ["PrepareConfig", "load_recipe", "parse_source", "prepare", "prepare_config"]
+__all__ = ["PrepareConfig", "from_arguments", "load_recipe", "parse_source", "prepare", "prepare_config"]
 
 _SAMPLE_PART = 16 << 10
 _SETTINGS_LEFT_OUT = {"out", "workers", "overwrite", "cache"}
@@ -103,6 +103,21 @@ def load_recipe(recipe: Path | str, **overrides: Any) -> PrepareConfig:
     return prepare_config(table | {name: value for name, value in overrides.items() if value is not None})
 
 
+def from_arguments(sources: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> PrepareConfig:
+    """Return what the words of a command mean: one recipe (a TOML file, or the name of a shipped one), or sources.
+
+    `options` that are not None, then `overrides` such as `test=0.1`, replace fields. Raises `ValueError` for what is unknown.
+    """
+    table = {name: value for name, value in options.items() if value is not None}
+    for text in overrides:
+        override(table, text)
+    if len(sources) == 1 and (sources[0].endswith(".toml") or sources[0] in shipped_recipes()):
+        return load_recipe(find_recipe(sources[0]), **table)
+    if "out" not in table:
+        raise ValueError("out: name the folder to write, for example --out data/mine")
+    return prepare_config({"sources": list(sources)} | table)
+
+
 def prepare(config: PrepareConfig, *, progress: Any = None) -> Manifest:
     """Write the corpus that `config` describes into `config.out`, or continue, or return at once when it is already there.
 
@@ -123,29 +138,28 @@ def prepare(config: PrepareConfig, *, progress: Any = None) -> Manifest:
     finished = _enter(out, settings, inputs, overwrite=config.overwrite)
     if finished is not None:
         return finished
-    work = out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    journal = Journal(work / "journal.sqlite")
+    journal = _journal(out, settings, inputs, overwrite=config.overwrite)
     try:
-        _same_job(journal, out, settings, inputs)
-        return _run(config, journal, work, pretrained, settings, inputs, report)
+        return _run(config, journal, pretrained, settings, inputs, report)
     finally:
         journal.close()
 
 
 def _run(
-    config: PrepareConfig, journal: Journal, work: Path, pretrained: tk.Encoder | None, settings: dict[str, Any], inputs: Any, report: Report
+    config: PrepareConfig, journal: Journal, pretrained: tk.Encoder | None, settings: dict[str, Any], inputs: Any, report: Report
 ) -> Manifest:
     """Do what is left of the three passes, and put the manifest in place last."""
-    out, spool, tokens = work.parent, work / "text.bin", work / "tokens.bin"
+    out = Path(config.out)
+    work = out / ".work"
+    spool, tokens = work / "text.bin", work / "tokens.bin"
     cache = Path(config.cache) if config.cache else corpora.default_cache()
     collect(config.sources, journal, spool, fractions=(config.validation, config.test), cache=cache, report=report)
     encoder = _tokenizer(config, journal, work, pretrained, report)
     dtype = dtype_for(encoder.vocab_size, config.dtype)
-    workers = config.workers or len(os.sched_getaffinity(0))
-    encode(journal, spool, tokens, encoder, dtype=dtype, workers=workers, report=report)
-    options = {"sources": config.sources, "dtype": dtype, "shard_tokens": config.shard_tokens, "report": report}
-    splits, sources = assemble.write_all(journal, tokens, out, **options)
+    encode(journal, spool, tokens, encoder, dtype=dtype, workers=config.workers or _cores(), report=report)
+    splits, sources = assemble.write_all(
+        journal, tokens, out, sources=config.sources, dtype=dtype, shard_tokens=config.shard_tokens, report=report
+    )
     shutil.rmtree(out / "tokenizer", ignore_errors=True)
     shutil.copytree(work / "tokenizer", out / "tokenizer")
     files = [assemble.describe_file(out, file) for file in sorted((out / "tokenizer").iterdir())]
@@ -170,33 +184,43 @@ def _enter(out: Path, settings: dict[str, Any], inputs: Any, *, overwrite: bool)
         return None
     if not (out / FILE).exists() and not (out / ".work").exists():
         raise ValueError(f"out={str(out)!r}: holds files that prepare did not write; name an empty or a new folder")
-    if (out / FILE).exists():
-        try:
-            manifest = Manifest.read(out)
-            _refuse_differences(out, manifest.settings, settings)
-            _refuse_changed_inputs(out, inputs)
-        except ValueError:
-            if not overwrite:
-                raise
-        else:
-            shutil.rmtree(out / ".work", ignore_errors=True)
-            return manifest
-    elif not overwrite:
+    if not (out / FILE).exists():
         return None
-    assemble.remove_corpus(out)
-    return None
+    try:
+        manifest = Manifest.read(out)
+        _refuse_differences(out, manifest.settings, settings)
+        _refuse_changed_inputs(out, inputs)
+    except ValueError:
+        if not overwrite:
+            raise
+        assemble.remove_corpus(out)
+        return None
+    shutil.rmtree(out / ".work", ignore_errors=True)
+    return manifest
 
 
-def _same_job(journal: Journal, out: Path, settings: dict[str, Any], inputs: Any) -> None:
-    """Remember the settings of a new job, and refuse to continue a job that had others."""
-    before = journal.get("settings")
-    if before is None:
-        journal.set(settings=settings, inputs=inputs)
-        journal.commit()
-        return
-    _refuse_differences(out, before, settings)
-    if journal.get("inputs") != inputs:
-        raise ValueError(f"{out}: {_changed(journal.get('inputs'), inputs)} since this preparation began; start again with overwrite")
+def _journal(out: Path, settings: dict[str, Any], inputs: Any, *, overwrite: bool) -> Journal:
+    """Open the journal of this job. One with other settings or inputs is refused, or cleared with `overwrite`."""
+    (out / ".work").mkdir(parents=True, exist_ok=True)
+    journal = None
+    try:
+        journal = Journal(out / ".work" / "journal.sqlite")
+        before = journal.get("settings", settings)
+        _refuse_differences(out, before, settings)
+        if (listed := journal.get("inputs", inputs)) != inputs:
+            raise ValueError(f"{out}: {_changed(listed, inputs)} since this preparation began; start again with overwrite")
+    except Busy:
+        raise
+    except ValueError:
+        if journal is not None:
+            journal.close()
+        if not overwrite:
+            raise
+        assemble.remove_corpus(out)
+        return _journal(out, settings, inputs, overwrite=False)
+    journal.set(settings=settings, inputs=inputs)
+    journal.commit()
+    return journal
 
 
 def _refuse_differences(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -244,24 +268,32 @@ def _tokenizer(config: PrepareConfig, journal: Journal, work: Path, pretrained: 
 
 
 def _sample(config: PrepareConfig, journal: Journal, spool: Path, report: Report) -> Iterator[str]:
-    """Yield train text up to the cap: per source, the documents with the smallest text hashes, as much as its share of the text."""
+    """Yield train text up to the cap: per source, the documents with the smallest text hashes.
+
+    Sources with shares contribute by share, all others by their size.
+    """
     held = {source: size for source, split, _, size, _ in journal.totals() if split == "train"}
-    cap = config.tokenizer_sample_mb * 1e6
-    shares = assemble.normalised(config.sources) if config.sources[0].share is not None else [1.0] * len(config.sources)
-    whole = min([cap, *(held.get(n, 0) / share for n, share in enumerate(shares) if held.get(n))]) if len(set(shares)) > 1 else cap
-    done, total = 0, math.floor(min(cap, sum(held.values())))
+    cap = min(config.tokenizer_sample_mb * 1e6, sum(held.values()))
+    shares = {number: held[number] / sum(held.values()) for number in held}
+    if config.sources[0].share is not None:
+        shares = {number: share for number, share in enumerate(assemble.normalised(config.sources)) if number in held}
+        cap = min([cap, *(held[number] / share for number, share in shares.items())])
+    done, total = 0, math.ceil(cap)
+    anywhere = config.tokenizer == "characters"
     with spool.open("rb") as text:
-        for number, share in enumerate(shares):
-            declared = config.sources[0].share is not None
-            left = math.floor(share * whole if declared else cap * held.get(number, 0) / max(cap, sum(held.values())))
+        for number, share in shares.items():
+            left = math.ceil(share * cap)
             for document, _ in journal.by_content(number):
+                yield from tk.cut(spooled_text(text, document, limit=left), _SAMPLE_PART, anywhere=anywhere)
+                done, left = done + min(left, document.bytes), left - document.bytes
+                report("tokenizer", min(done, total), total)
                 if left <= 0:
                     break
-                for part in tk.cut(spooled_text(text, document, limit=left), _SAMPLE_PART, anywhere=config.tokenizer == "characters"):
-                    yield part
-                done += min(left, document.bytes)
-                left -= document.bytes
-                report("tokenizer", min(done, total), total)
+
+
+def _cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reporter(progress: Any) -> Report:
@@ -269,7 +301,7 @@ def _reporter(progress: Any) -> Report:
     if progress is None:
         return lambda phase, done, total: None
     if callable(progress):
-        return progress  # type: ignore[no-any-return]
+        return progress
     from pathlm.text.progress import rich_reporter
 
     return rich_reporter(progress)

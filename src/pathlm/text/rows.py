@@ -17,6 +17,9 @@ PADDING = -1
 """Document number of padding."""
 
 _ROUNDS = 6
+_GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 4096
+"""Rows whose order is worked out at once."""
 
 
 class Rows(Protocol):
@@ -56,6 +59,7 @@ class PackedRows:
         self.rows_per_epoch = -(-len(self._tokens) // length)
         self.vocab_size = corpus.vocab_size
         ids = corpus.record.tokenizer
+        self._kept: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0, np.int64))
         self._pad = int(ids["pad"] if ids["pad"] is not None else ids["eos"])
 
     def batch(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -84,7 +88,7 @@ class PackedRows:
         labels = input_ids.copy()
         labels[:, 0] = IGNORE
         labels[row_S, column_S] = IGNORE
-        for row in np.flatnonzero(last_N - first_N < self.length):
+        for row in np.flatnonzero(last_N - first_N < self.length).tolist():
             labels[row, last_N[row] - first_N[row] :] = IGNORE
             document_ids[row, last_N[row] - first_N[row] :] = PADDING
         return {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
@@ -99,28 +103,44 @@ class PackedRows:
         """Open the corpus's tokenizer."""
         return self.corpus.tokenizer()
 
-    def _order(self, place: np.ndarray) -> np.ndarray:
+    def _order(self, place_N: np.ndarray) -> np.ndarray:
         """Map places of the endless order to rows of the stream."""
-        epoch, inside = np.divmod(place, self.rows_per_epoch)
-        return permute(inside, self.rows_per_epoch, key=epoch + (np.int64(self.seed) << 32)) if self.shuffle else inside
+        epoch_N, inside_N = np.divmod(place_N, self.rows_per_epoch)
+        if not self.shuffle:
+            return inside_N
+        row_N = np.empty_like(inside_N)
+        for epoch in np.unique(epoch_N).tolist():
+            for block in np.unique(inside_N[epoch_N == epoch] // _BLOCK).tolist():
+                here = (epoch_N == epoch) & (inside_N // _BLOCK == block)
+                row_N[here] = self._block(epoch, block)[inside_N[here] - block * _BLOCK]
+        return row_N
+
+    def _block(self, epoch: int, block: int) -> np.ndarray:
+        """Return the rows at places block · _BLOCK … of an epoch; the last such block is kept."""
+        if self._kept[0] != (epoch, block):
+            place = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.rows_per_epoch))
+            self._kept = ((epoch, block), permute(place, self.rows_per_epoch, key=(self.seed << 32) + epoch))
+        return self._kept[1]
 
 
-def permute(place: np.ndarray, size: int, *, key: np.ndarray) -> np.ndarray:
+def permute(place: np.ndarray, size: int, *, key: int) -> np.ndarray:
     """Apply a pseudo-random permutation of 0 … size − 1, a different one for every key, without holding it in memory.
 
-    A Feistel network over the next even power of two; values that fall outside are sent through again until they fall inside
+    A Feistel network over the next power of two; values that fall outside are sent through again until they fall inside
     (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
-    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    value, keys = place.astype(np.uint64), key.astype(np.uint64)
-    todo = np.ones(place.shape, dtype=bool)
-    while todo.any():
-        left, right, k = value[todo] >> half, value[todo] & mask, keys[todo]
+    bits = max((size - 1).bit_length(), 1)
+    widths = (np.uint64(bits // 2), np.uint64(bits - bits // 2))
+    keys = [_mix(np.array([(key * _ROUNDS + turn) * _GOLDEN % 2**64], dtype=np.uint64)) for turn in range(_ROUNDS)]
+    value = place.astype(np.uint64)
+    outside = np.ones(place.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> widths[1], value[outside] & ((np.uint64(1) << widths[1]) - np.uint64(1))
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(k + np.uint64(turn * 0x9E3779B97F4A7C15 % 2**64))) & mask)
-        value[todo] = (left << half) | right
-        todo = value >= np.uint64(size)
+            mask = (np.uint64(1) << widths[turn % 2]) - np.uint64(1)
+            left, right = right, left ^ (_mix(right ^ keys[turn]) & mask)
+        value[outside] = (left << widths[1]) | right
+        outside = value >= np.uint64(size)
     return value.astype(np.int64)
 
 

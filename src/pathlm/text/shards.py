@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 def dtype_for(vocab_size: int, wanted: str = "auto") -> str:

@@ -1,4 +1,4 @@
-"""Where text comes from: named corpora, local txt, jsonl and parquet files, and Hugging Face datasets, all read as a stream of documents."""
+"""Where text comes from: named corpora, local txt, jsonl and parquet files, Hugging Face datasets, all read as a stream of documents."""
 
 import codecs
 import glob
@@ -138,6 +138,8 @@ def list_files(path: str) -> list[tuple[str, Path]]:
 
 def fingerprint(source: SourceConfig) -> list[list[Any]]:
     """Return (name, size, time of change) of every local file of a source, to notice a change between two runs."""
+    if source.name:
+        return [[source.name, 0, corpora.NAMED[source.name].sha256]]
     if not source.path:
         return []
     return [[name, (status := file.stat()).st_size, status.st_mtime_ns] for name, file in list_files(source.path)]
@@ -152,12 +154,11 @@ def read(source: SourceConfig, *, cache: Path, start: int = 0) -> Iterator[Docum
         documents = _read_named(corpora.fetch(source.name, cache))
     else:
         documents = (document for name, file in list_files(str(source.path)) for document in _read_file(source, name, file))
-    with closing(documents):
-        for number, document in enumerate(documents, start=0):
-            if source.max_documents is not None and number >= source.max_documents:
-                return
-            if number >= start:
-                yield document
+    for number, document in enumerate(documents):
+        if source.max_documents is not None and number >= source.max_documents:
+            return
+        if number >= start:
+            yield document
 
 
 def _kind(file: Path, *, strict: bool = True) -> str | None:
