@@ -170,7 +170,7 @@ def _to_device(acc: Accelerator, values: Sequence[float]) -> Tensor:
 
 def _weights(acc: Accelerator, batch: batches.StepBatch) -> Tensor:
     """Return the share of every micro-batch in the targets of the whole step, over all processes."""
-    counts = _to_device(acc, batch.counts)
+    counts = _to_device(acc, [float(count) for count in batch.counts])
     return counts / parallel.summed(acc, counts.sum()).clamp(min=1)
 
 

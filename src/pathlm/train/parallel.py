@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -35,7 +36,9 @@ def accelerator(config: RunConfig) -> Accelerator:
     # The state is shared by a whole process and would keep the precision of an earlier run. The process group stays.
     AcceleratorState._reset_state()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=config.unused_parameters)
-    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
+    # Accelerate takes processes without a GPU for separate runs unless it is told that they are meant to be on CPUs.
+    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

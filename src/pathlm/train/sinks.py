@@ -5,6 +5,7 @@ Sinks are called after every step with everything that was measured in it, and a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -31,20 +32,21 @@ def wanted(config: RunConfig, state: State, metrics: Mapping[str, float]) -> boo
 @contextmanager
 def jsonl(file: Path, config: RunConfig) -> Iterator[Sink]:
     """Append rows to a JSON-lines file; numbers that are not finite become null."""
-    with file.open("a", encoding="utf-8") as out:
+    # Unbuffered: a row is in the file as soon as it is told, and nothing is left to be written by a full disk's close.
+    with file.open("ab", buffering=0) as out:
 
         def sink(state: State, stage: Any, metrics: Mapping[str, float], model: Any) -> None:
             if not wanted(config, state, metrics):
                 return
             row = {"step": state.step, "tokens": state.tokens, "stage": stage.name}
             row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            line = (json.dumps(row) + "\n").encode()
             try:
-                out.write(json.dumps(row) + "\n")
-                out.flush()
+                if out.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                raise RunError(
-                    f"{file} could not be written at step {state.step}: {error}; make room and continue with --resume"
-                ) from error
+                advice = "make room and continue with --resume"
+                raise RunError(f"{file} could not be written at step {state.step}: {error.strerror}; {advice}") from error
 
         yield sink
 
