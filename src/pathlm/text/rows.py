@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _BLOCK = 4096
 """Rows whose order is worked out at once."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What a trainer reads: an endless sequence of rows, each a pure function of its place, so that resuming is one integer."""
 
