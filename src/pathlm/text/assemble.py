@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pathlm.text.collect import SPLITS, Report
+from pathlm.text.collect import Report
 from pathlm.text.journal import Encoded, Journal, Seen
+from pathlm.text.manifest import SPLITS
 from pathlm.text.shards import DTYPES, file_sha256
 from pathlm.text.sources import SourceConfig
 

@@ -12,7 +12,6 @@ import numpy as np
 from pathlm.text.journal import Journal, Seen
 from pathlm.text.sources import Document, SourceConfig, read
 
-SPLITS = ("train", "validation", "test", "shift")
 COMMIT_BYTES = 32 << 20
 COMMIT_DOCUMENTS = 20_000
 

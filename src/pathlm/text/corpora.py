@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pathlm.text.rdata import strings
 FIRST_SHIFT_YEAR = 2009
 """Speeches of this year and later form the split `shift` of `sotu`."""
 
-Files = Iterator[tuple[str, bytes]]
+Files = Iterable[tuple[str, bytes]]
 Rows = Iterator[dict[str, str | None]]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from pathlm.text.manifest import Manifest
+from pathlm.text.manifest import SPLITS, Manifest
 from pathlm.text.shards import TokenStream, check_file, dtype_for
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Corpus:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, `train` first."""
-        return tuple(self.record.splits)
+        return tuple(split for split in SPLITS if split in self.record.splits)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Open the tokenizer through transformers."""

@@ -11,6 +11,8 @@ from typing import Any
 
 FORMAT = 1
 FILE = "manifest.json"
+SPLITS = ("train", "validation", "test", "shift")
+"""Every split there may be, in order. `shift` is held-out text that differs, for example by its time."""
 
 
 @dataclass

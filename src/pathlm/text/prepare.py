@@ -254,17 +254,15 @@ def _changed(before: Any, now: Any) -> str:
 def _tokenizer(config: PrepareConfig, journal: Journal, work: Path, pretrained: tk.Encoder | None, report: Report) -> tk.Encoder:
     """Open the tokenizer of this job, training and saving it first where needed."""
     folder, part = work / "tokenizer", work / "tokenizer.part"
-    if pretrained is None and folder.exists():
-        return tk.open_trained(folder, config.tokenizer)
-    encoder = pretrained
-    if encoder is None:
-        texts = _sample(config, journal, work / "text.bin", report)
-        encoder = (tk.train_bpe if config.tokenizer == "bpe" else tk.train_characters)(texts, config.vocab_size)
     if not folder.exists():
+        encoder = pretrained
+        if encoder is None:
+            texts = _sample(config, journal, work / "text.bin", report)
+            encoder = (tk.train_bpe if config.tokenizer == "bpe" else tk.train_characters)(texts, config.vocab_size)
         shutil.rmtree(part, ignore_errors=True)
         encoder.save(part)
         part.replace(folder)
-    return encoder
+    return pretrained or tk.open_trained(folder, config.tokenizer)
 
 
 def _sample(config: PrepareConfig, journal: Journal, spool: Path, report: Report) -> Iterator[str]:

@@ -47,6 +47,8 @@ def summary(manifest: Manifest) -> Table:
     shown.add_column("split")
     for name in ("documents", "tokens", "bytes"):
         shown.add_column(name, justify="right")
-    for name, split in manifest.splits.items():
+    usual = [name for name in ("train", "validation", "test") if name in manifest.splits]
+    for name in [*usual, *sorted(manifest.splits.keys() - set(usual))]:
+        split = manifest.splits[name]
         shown.add_row(name, *(f"{split[field]:,}" for field in ("documents", "tokens", "bytes")))
     return shown

@@ -8,7 +8,7 @@ import re
 from array import array
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -123,9 +123,9 @@ class _KnownChunks:
         found = {chunk: array("I", encoding.ids).tobytes() for chunk, encoding in zip(new, encodings, strict=True)}
         self._characters += sum(map(len, texts))
         self._missed += sum(map(len, new))
-        if len(known) + len(found) <= _KNOWN_CHUNKS:
-            self._known.update(found)
-        else:
+        room = _KNOWN_CHUNKS - len(self._known)
+        self._known.update(islice(found.items(), room))
+        if room < len(found):
             known = ChainMap(found, self._known)
         parts = [b"".join(map(known.__getitem__, row)) for row in chunks]
         return np.frombuffer(b"".join(parts), dtype=np.uint32), np.fromiter((len(part) // 4 for part in parts), np.int64, len(parts))
@@ -151,7 +151,7 @@ def train_characters(texts: Iterable[str], vocab_size: int) -> Encoder:
     kept = sorted(counts, key=lambda character: (-counts[character], character))[: vocab_size - 3]
     vocabulary = {token: number for number, token in enumerate([END, PAD, UNKNOWN, *kept])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([END, PAD, UNKNOWN])
     return _own(backend, "characters")
