@@ -162,8 +162,8 @@ def saved_and_loaded_it_is_the_same(model: Any, folder: Path) -> None:
     loaded = type(model).from_pretrained(folder).eval()
     assert loaded.dtype == model.dtype
     assert torch.equal(loaded(tokens).logits, before)
-    for name, value in model.config.to_dict().items():
-        assert loaded.config.to_dict()[name] == value, name
+    mine, theirs = model.config.to_dict(), loaded.config.to_dict()
+    assert {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)} <= {"_name_or_path", "architectures"}
 
 
 @torch.no_grad()

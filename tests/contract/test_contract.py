@@ -19,7 +19,8 @@ def test_the_contract_holds_in_float64(case: Case, check: Callable[[Any], None])
     check(case.build())
 
 
-SINGLE = [check for check in CHECKS if "generat" not in check.__name__ and "stream" not in check.__name__]
+SLOW_OR_DISCRETE = ("generation", "streaming", "a_long_decode")
+SINGLE = [check for check in CHECKS if not check.__name__.startswith(SLOW_OR_DISCRETE)]
 
 
 @pytest.mark.parametrize("check", SINGLE, ids=lambda check: check.__name__)
@@ -35,13 +36,13 @@ def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_pat
 
 
 class Rows(Dataset):
-    """Eight rows for the stock Trainer."""
+    """One row eight times, for the stock Trainer: the loss of any batch is the loss of the row."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = ids(1, seed=index)[0]
+        row = ids(1)[0]
         return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
 
 
@@ -50,11 +51,12 @@ def test_the_stock_trainer_runs_two_steps(case: Case, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     model = case.build(torch.float32)
+    expected = model(ids(1), labels=ids(1)).loss.item()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **options)
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert losses == [pytest.approx(expected, abs=1e-3), losses[1]] and losses[1] < losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -13,6 +13,8 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from pathlm.models.fused import RootMeanSquare, SplitAndTurn, by_hand
+
 # Shapes: B rows, T new tokens, S tokens attended, D model width, H query heads, G key/value heads, K head width, F hidden width of the MLP
 
 
@@ -32,6 +34,8 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float64 and self.statistics == torch.float32:
             x32 = x.float()
             return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).double()
+        if by_hand(x):
+            return RootMeanSquare.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -108,8 +112,9 @@ class Block(nn.Module):
 
     def qkv(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
-        batch, tokens, _ = h_BTD.shape
-        qkv = self.qkv_proj(self.attention_norm(h_BTD)).view(batch, tokens, -1, self.width)
+        qkv = self.qkv_proj(self.attention_norm(h_BTD)).unflatten(-1, (-1, self.width))
+        if by_hand(qkv):
+            return SplitAndTurn.apply(qkv, *rotary, self.heads)
         turned = rotate(qkv[:, :, : self.heads + self.groups], *rotary).transpose(1, 2)
         return turned[:, : self.heads], turned[:, self.heads :], qkv[:, :, self.heads + self.groups :].transpose(1, 2)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 IGNORE = -100
 """The label of tokens that are not counted."""
 
-PIECE = 2**21
-"""Scores made at a time, at most."""
+PIECE = 2**20
+"""Scores made at a time on the CPU, at most: what its caches hold. Elsewhere, and compiled, 64 times as many."""
 
 
 def linear_cross_entropy(h_ND: Float[Tensor, "n d"], weight_VD: Float[Tensor, "v d"], target_N: Int[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -34,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=precise, device=h_ND.device)
-        rows = max(1, PIECE // weight.shape[0])
+        piece_size = PIECE if device == "cpu" and not torch.compiler.is_compiling() else 64 * PIECE
+        rows = max(1, piece_size // weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, h_ND.shape[0], rows):
                 piece = slice(start, start + rows)
@@ -42,15 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 counted = (target != IGNORE)[:, None]
                 index = target.clamp(min=0)[:, None]
                 score = (h @ weight.T).to(precise)
-                norm = score.logsumexp(-1, keepdim=True)
-                total += ((norm - score.gather(-1, index)) * counted).sum()
+                score = score.log_softmax(-1)
+                total -= (score.gather(-1, index) * counted).sum()
                 if dh_ND is None and dweight_VD is None:
                     continue
-                slope = score.sub_(norm).exp_().scatter_add_(-1, index, -torch.ones_like(norm)).mul_(counted).to(working)
+                slope = score.exp_().scatter_add_(-1, index, -torch.ones_like(score[:, :1])).to(working)
                 if dh_ND is not None:
-                    dh_ND[piece] = slope @ weight
+                    dh_ND[piece] = (slope @ weight).mul_(counted)
                 if dweight_VD is not None:
-                    dweight_VD += slope.T @ h
+                    dweight_VD += slope.T @ (h * counted)
         ctx.save_for_backward(dh_ND, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total

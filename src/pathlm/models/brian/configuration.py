@@ -2,7 +2,7 @@
 
 # No postponed annotations here: with them, `strict` would check no types.
 
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+@no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
 @strict
 class BrianConfig(PreTrainedConfig):
     """Architecture of a BRIAN model: ordinary blocks before and after a routed pool. With an empty pool it is a plain decoder.
