@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pathlm.evaluate.checkpoint import evaluating
 from pathlm.text.synthetic import SampleStream, open_task
 from pathlm.text.synthetic.words import EncodedSample, SampleEncoder
 
@@ -61,25 +62,18 @@ def score_tasks(
     opened = [open_task(spec) for spec in tasks]
     encode = SampleEncoder(tokenizer, opened)
     asked = None if ks is None else set(ks)
-    was_training = model.training
-    model.eval()
-    try:
-        scores = []
+    scores = []
+    with evaluating(model):
         for task in opened:
             stream = SampleStream(task, split, seed=seed)
             for k in (k for k in task.ks if asked is None or k in asked):
                 encoded = [encode(stream.sample(index, k=k)) for index in range(samples)]
-                right, wrong, exact = 0, 0, 0
-                for start in range(0, samples, batch_size):
-                    for hits in answer_hits(model, encoded[start : start + batch_size], pad_id=encode.pad_id):
-                        right, wrong, exact = right + int(hits.sum()), wrong + int((~hits).sum()), exact + bool(hits.all())
-                low, high = interval(exact, samples)
-                scores.append(
-                    TaskScore(task.spec, k, exact, samples, exact / samples, low, high, right / (right + wrong), task.held_out(k))
-                )
-        return scores
-    finally:
-        model.train(was_training)
+                batches = [encoded[start : start + batch_size] for start in range(0, samples, batch_size)]
+                hits = [hit for batch in batches for hit in answer_hits(model, batch, pad_id=encode.pad_id)]
+                exact = sum(bool(hit.all()) for hit in hits)
+                share = float(torch.cat(hits).double().mean())
+                scores.append(TaskScore(task.spec, k, exact, samples, exact / samples, *interval(exact, samples), share, task.held_out(k)))
+    return scores
 
 
 def answer_hits(model: Any, encoded: list[EncodedSample], *, pad_id: int) -> list[Tensor]:
