@@ -59,10 +59,10 @@ def test_python_dash_m_is_the_same_command():
 
 def test_commands_and_their_options_stay_as_published():
     published = {
-        "demo": "folder",
-        "prepare": "sources recipe out tokenizer vocab_size overrides",
+        "demo": "folder overrides",
+        "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
-        "eval": "",
+        "eval": "model_folder corpus split context stride max_documents max_tokens order records device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end device",
         "presets": "",
         "convert": "folder out to",
@@ -73,11 +73,14 @@ def test_commands_and_their_options_stay_as_published():
 
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
-    from pathlm import bench, config, demo, generate, train
+    from pathlm import bench, config, demo, evaluate, generate, train
     from pathlm.models.brian import convert
+    from pathlm.text import prepare
 
     homes = {
+        "prepare": (prepare.PrepareConfig, prepare.from_arguments),
         "train": (config.load, train.start),
+        "eval": (evaluate.run,),
         "generate": (generate.run, generate.read_prompts),
         "convert": (convert.convert,),
         "bench": (bench.bench,),

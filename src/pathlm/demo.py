@@ -13,13 +13,14 @@ from rich.console import Console
 
 from pathlm.config import RunConfig, load
 
+TEXT = "data-sotu"
 RECIPE = "plain-tiny"
 PROMPT = "My fellow citizens,"
 SPLIT = "test"
 """The checkpoint was chosen on the validation split, so it is judged on another one."""
 
 
-def demo(folder: Path | str = "runs/demo", overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
+def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
     """Prepare the State of the Union addresses, train the recipe `plain-tiny` into `folder`, measure it beside n-grams, let it write.
 
     Every phase is skipped or continued where an earlier call, finished or stopped, has left something. `overrides` change fields of the
@@ -62,15 +63,17 @@ def _phase(console: Console, seconds: dict[str, float], name: str, what: str) ->
 
 def _prepare(config: RunConfig, corpus: Path, console: Console) -> None:
     from pathlm.models.library import preset
-    from pathlm.text.prepare import prepare, prepare_config
+    from pathlm.text.prepare import from_arguments, prepare
     from pathlm.text.progress import bar, summary
 
     vocab_size = preset(config.preset, **config.model).vocab_size
-    job = prepare_config({"out": str(corpus), "sources": ["sotu"], "tokenizer": "bpe", "vocab_size": vocab_size})
+    job = from_arguments([TEXT], out=str(corpus), vocab_size=vocab_size)
     if (corpus / "manifest.json").exists():
         console.print("already prepared", style="dim")
-    with bar(console) as progress:
-        manifest = prepare(job, progress=progress)
+        manifest = prepare(job)
+    else:
+        with bar(console) as progress:
+            manifest = prepare(job, progress=progress)
     console.print(summary(manifest))
 
 

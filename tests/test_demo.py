@@ -1,0 +1,95 @@
+"""The demo on a small text of our own: it goes the whole way, and continues wherever it was stopped."""
+
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from pathlm import demo as module
+from pathlm.train import loop
+
+SMALL = [
+    "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "data.length=32", "optim.warmup_steps=1",
+    "model.hidden_size=32", "model.intermediate_size=48", "model.vocab_size=300", "model.max_position_embeddings=160",
+]  # fmt: skip
+PHASES = ["text", "training", "evaluation", "sample"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the demo with a text from this folder in place of the one that is fetched; return its result and what it printed."""
+    (tmp_path / "speeches").mkdir()
+    for number in range(80):
+        text = " ".join(f"my fellow citizens number {number + place}, we are {place % 7} friends." for place in range(12))
+        (tmp_path / "speeches" / f"{number}.txt").write_text(text, encoding="utf-8")
+    recipe = f'sources = ["{tmp_path}/speeches/*.txt"]\nvalidation = 0.2\ntest = 0.2\n'
+    (tmp_path / "speeches.toml").write_text(recipe, encoding="utf-8")
+    monkeypatch.setattr(module, "TEXT", str(tmp_path / "speeches.toml"))
+    monkeypatch.chdir(tmp_path)
+
+    def call():
+        console = Console(record=True, width=100, file=open("screen.txt", "w", encoding="utf-8"))  # noqa: SIM115
+        with console.file:
+            result = module.demo("runs/demo", [*SMALL, "data.corpus=data/speeches"], console=console)
+            return result, console.export_text()
+
+    return call
+
+
+def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
+    result, shown = run()
+    assert result["exit_code"] == 0
+    assert list(result["seconds"]) == PHASES
+    assert (result["training"].step, result["training"].finished_before) == (4, False)
+    assert set(result["evaluation"]["ngrams"]["orders"]) == {"1", "2", "3", "4", "5"}
+    assert result["sample"]
+    assert "the 3-gram's" in shown
+    assert "pathlm generate runs/demo" in shown
+
+    again, shown = run()
+    assert again["training"].finished_before
+    assert again["evaluation"] == result["evaluation"]
+    assert again["sample"] == result["sample"]
+    assert "already prepared" in shown
+    assert "already measured" in shown
+
+
+def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
+    plain = loop.step
+    calls = []
+
+    def step(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(loop, "step", step)
+    result, shown = run()
+    assert result["exit_code"] == 130
+    assert "The same command continues from here." in shown
+    assert "evaluation" not in result
+    stopped = result["training"].step
+
+    result, _ = run()
+    assert result["exit_code"] == 0
+    assert len(calls) == 4 + (2 - stopped)
+    assert "evaluation" in result
+
+
+@pytest.mark.parametrize("phase", ["_prepare", "_train", "_evaluate", "_sample"])
+def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, phase, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    torch.manual_seed(1)  # what happened before does not matter
+    result, shown = run()
+    assert list(result["seconds"]) == PHASES
+    assert ("already prepared" in shown) == (phase != "_prepare")
+    assert result["training"].finished_before == (phase in ("_evaluate", "_sample"))
+    assert ("already measured" in shown) == (phase == "_sample")

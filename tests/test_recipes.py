@@ -1,0 +1,67 @@
+"""Every shipped recipe loads, resolves to a model or a preparation, and, where it is small, trains."""
+
+import math
+
+import pytest
+
+import pathlm
+from pathlm.config import find_recipe, load, shipped_recipes
+from pathlm.models import family
+from pathlm.text.prepare import from_arguments, prepare, prepare_config
+from pathlm.train import start
+
+SHIPPED = shipped_recipes()
+TRAINED = sorted(name for name in SHIPPED if not name.startswith("data-"))
+PREPARED = sorted(name for name in SHIPPED if name.startswith("data-"))
+SMALL = [name for name in TRAINED if load(name).preset.endswith("-tiny")]
+WORDS = ("the", "state", "of", "our", "union", "is", "strong", "and", "we", "will", "work", "together", "for", "peace")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        text = " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(300))
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    table = {"sources": [str(folder / "*.txt")], "out": str(folder / "prepared"), "vocab_size": 300, "validation": 0.2}
+    return str(prepare(prepare_config(table)).folder)
+
+
+def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("plain-tiny") == SHIPPED["plain-tiny"]
+    (tmp_path / "mine.toml").write_text('preset = "plain-tiny"\nsteps = 30\n')
+    assert load("mine.toml").name == "mine"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_resolves_to_a_model_and_a_curriculum(name):
+    config = load(name)
+    assert config.name == name.rsplit("/")[-1], "a run is named as its recipe"
+    model = pathlm.preset(config.preset, **config.model)
+    assert config.data.length <= model.max_position_embeddings
+    curriculum = family(model.model_type).curriculum(config.curriculum, config.steps)
+    assert curriculum.at(config.steps - 1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_recipe_trains(name, corpus, tmp_path):
+    short = [
+        f'out="{tmp_path}"', "steps=2", "batch_tokens=512", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "log_every=1",
+        "data.length=64", "optim.warmup_steps=0", "optim.decay_steps=0", 'optim.schedule="cosine"',
+    ]  # fmt: skip
+    if load(name).data.corpus is not None:
+        short.append(f'data.corpus="{corpus}"')
+    result = start(load(name, short))
+    assert result.step == 2
+    assert result.best_validation is not None
+    assert math.isfinite(result.best_validation)
+    model, tokenizer = pathlm.load(result.folder / "checkpoints" / "latest")
+    assert len(tokenizer) <= model.config.vocab_size
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_a_data_recipe_says_what_to_prepare_and_where(name):
+    config = from_arguments([name])
+    assert config.sources
+    assert config.out == f"data/{name.removeprefix('data-')}"
