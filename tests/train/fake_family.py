@@ -149,8 +149,9 @@ def curriculum(steps: int) -> Curriculum:
 def config(tmp_path: Path, **options: Any) -> RunConfig:
     """A run of 8 steps of 8 rows that evaluates every 2 steps and saves every 3."""
     base: dict[str, Any] = {
-        "name": "run", "out": str(tmp_path), "preset": "fake", "steps": 8, "batch_tokens": 96, "micro_rows": 4, "eval_every": 2, "eval_rows": 6,
-        "save_every": 3, "log_every": 1, "data": {"length": 12, "task_share": 1.0, "tasks": {"copy": 1}}, "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "name": "run", "out": str(tmp_path), "preset": "fake", "steps": 8, "batch_tokens": 96, "micro_rows": 4,
+        "eval_every": 2, "eval_rows": 6, "save_every": 3, "log_every": 1,
+        "data": {"length": 12, "task_share": 1.0, "tasks": {"copy": 1}}, "optim": {"warmup_steps": 2, "lr": 1e-2},
     }  # fmt: skip
     for name, value in options.items():
         base[name] = base[name] | value if isinstance(value, dict) else value

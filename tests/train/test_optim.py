@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_cosine_falls_to_its_share_at_the_last_step_and_is_half_way_in_the_middl
     found = rates(24, final_lr_share=0.1)
     assert found[-1] == pytest.approx(0.1)
     assert found[13] == pytest.approx(0.55)
-    assert all(a > b for a, b in zip(found[4:], found[5:]))
+    assert all(a > b for a, b in itertools.pairwise(found[4:]))
 
 
 def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():

@@ -79,7 +79,10 @@ def prepare_model(acc: Accelerator, model: nn.Module, config: RunConfig) -> nn.M
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)  # in place
         return model
-    return acc.prepare_model(model)
+    prepared = acc.prepare_model(model)
+    # Precision is the loop's `autocast`. Accelerate's own wrapper would also copy every output to float32, and stay on the model.
+    acc.unwrap_model(prepared, keep_fp32_wrapper=False)
+    return prepared
 
 
 @contextmanager
