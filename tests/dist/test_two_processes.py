@@ -1,0 +1,114 @@
+"""Two gloo processes are one run: the same losses, one folder, the same end after a kill."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+from two import begin, finish, rows
+
+NUMBERS = ("loss/total", "loss/lm", "validation/loss", "optim/grad_norm", "optim/lr", "data/target_share")
+
+
+def assert_close(found, expected):
+    assert [(row["step"], row["tokens"], row["stage"]) for row in found] == [(row["step"], row["tokens"], row["stage"]) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() & set(NUMBERS):
+            assert row[name] == pytest.approx(other[name], rel=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    finish(begin(folder))
+    return folder
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, alone):
+    said = finish(begin(tmp_path, processes=2))
+    assert "cpu × 2" in said and said.count("finished at step 12") == 1
+    assert_close(rows(tmp_path), rows(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["micro_rows=1"], ["micro_rows=100"], ["batch_tokens=448"]], ids=str)
+def test_two_processes_share_rows_that_do_not_divide(tmp_path, options):
+    finish(begin(tmp_path / "one", *options))
+    finish(begin(tmp_path / "two", *options, processes=2))
+    assert_close(rows(tmp_path / "two"), rows(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["micro_rows=1"], ["precision=bf16"], ["activation_checkpointing=true"]], ids=str)
+def test_a_sharded_model_gives_the_losses_of_a_whole_one(tmp_path, alone, options):
+    finish(begin(tmp_path / "two", "strategy=fsdp2", *options, processes=2))
+    expected = alone
+    if options and "precision" in options[0]:
+        finish(begin(tmp_path / "two-copies", *options, processes=2))
+        expected = tmp_path / "two-copies"
+    assert_close(rows(tmp_path / "two"), rows(expected))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "run" / "checkpoints" / "latest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_killed_at_random_resume_to_the_same_end(tmp_path, strategy):
+    options = (f"strategy={strategy}", "steps=60", "save_every=1")
+    finish(begin(tmp_path / "whole", *options, processes=2))
+    draw = random.Random(0)
+    for attempt in range(4):
+        process = begin(tmp_path / "parts", *options, processes=2, resume=True)
+        log = tmp_path / "parts" / "run" / "metrics.jsonl"
+        wait_for_growth(process, log)
+        time.sleep(draw.uniform(0.0, 1.0))
+        kill_session(process)
+        assert attempt < 3 or log.exists()
+    finish(begin(tmp_path / "parts", *options, processes=2, resume=True))
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_continues_as_a_single_process(tmp_path, alone):
+    process = begin(tmp_path, "strategy=fsdp2", processes=2)
+    wait_for_growth(process, tmp_path / "run" / "metrics.jsonl", lines=5)
+    kill_session(process)
+    finish(begin(tmp_path, resume=True))
+    assert_close(rows(tmp_path), rows(alone))
+
+
+@pytest.mark.slow
+def test_a_terminated_pair_saves_and_says_how_to_go_on(tmp_path, alone):
+    process = begin(tmp_path, "steps=400", "save_every=400", "eval_every=400", processes=2)
+    wait_for_growth(process, tmp_path / "run" / "metrics.jsonl", lines=5)
+    process.send_signal(signal.SIGTERM)  # the launcher passes it on
+    said, _ = process.communicate(timeout=120)
+    assert "SIGTERM: stopped and saved at step" in said
+    saved = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(saved) == 1 and 5 <= int(saved[0].name[-8:]) < 400
+
+
+def wait_for_growth(process, log: Path, *, lines: int = 1) -> None:
+    """Wait until the run has logged `lines` more rows, so that the kill hits training and not an import."""
+    before = log.read_text().count("\n") if log.exists() else 0
+    deadline = time.monotonic() + 120
+    while (log.read_text().count("\n") if log.exists() else 0) < before + lines and process.poll() is None:
+        assert time.monotonic() < deadline, "the run never began"
+        time.sleep(0.01)
+        before = min(before, log.read_text().count("\n") if log.exists() else 0)  # resuming cuts the log
+
+
+def kill_session(process) -> None:
+    """Kill the launcher and the processes it started, all of them ours, at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = child.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == process.pid and fields[0] != "Z":  # same session
+            os.kill(int(child.parent.name), signal.SIGKILL)
+    process.communicate(timeout=30)
