@@ -24,8 +24,8 @@ from pathlm.evaluate.checkpoint import evaluating, open_model, start_token
 
 Reason = Literal["end", "length", "context"]
 """Why a row stopped: it wrote end-of-text, it has `max_new_tokens`, or the model's context is full."""
-CHUNK_ON_DEVICE = 16
-"""Tokens decoded on an accelerator between two looks at them; on the CPU every token is looked at."""
+CHUNK = 16
+"""Tokens decoded between two looks at them, where looking stalls an accelerator or nothing is looked for; else every token is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def generate(
     prompts = _checked_prompts(model, given, max_new_tokens=max_new_tokens, bos_token_id=bos_token_id)
     _require_batch(batch)
     new: list[list[int]] = [[] for _ in prompts]
-    chunk = 1 if model.device.type == "cpu" else CHUNK_ON_DEVICE
+    chunk = 1 if model.device.type == "cpu" and eos_token_id is not None else CHUNK
     for part in _batches(prompts, sampling, batch=batch, max_new_tokens=max_new_tokens, context=context_of(model)):
         for pieces in _decode(model, part, sampling, eos_token_id=eos_token_id, pad_token_id=pad_token_id, chunk=chunk):
             for row, tokens, _ in pieces:

@@ -49,7 +49,8 @@ def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, A
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = find_checkpoint(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+    with _no_loading_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return model, AutoTokenizer.from_pretrained(place, local_files_only=True) if has_tokenizer else None
@@ -58,6 +59,20 @@ def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, A
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that stands before a document's first: `bos`, or `eos` where there is no `bos`."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar of its own between our lines."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -134,10 +134,10 @@ def token_losses(
 ) -> list[np.ndarray]:
     """Return, per document, −ln p in nats of its tokens from place 1 on, each given the tokens before it that its window holds.
 
-    Windows of similar length run together, at most `batch_tokens` tokens a batch (default: 4096 on the CPU, 16384 elsewhere). float32, or
+    Windows of similar length run together, at most `batch_tokens` tokens a batch (default: 2048 on the CPU, 16384 elsewhere). float32, or
     float64 for a float64 model.
     """
-    batch_tokens = batch_tokens or (4096 if model.device.type == "cpu" else 16384)
+    batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
     losses = [np.full(len(tokens) - 1, np.nan, dtype=np.float64 if model.dtype == torch.float64 else np.float32) for tokens in documents]
     jobs = [(number, window) for number, tokens in enumerate(documents) for window in windows(len(tokens), context=context, stride=stride)]
     # Windows that skip as many leading places share a batch, so that only the places that count are multiplied with the vocabulary.
