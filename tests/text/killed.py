@@ -25,7 +25,13 @@ def main(texts: str, out: str, moment: int) -> None:
 
         return wrapped
 
-    collect.COMMIT_BYTES, collect.COMMIT_DOCUMENTS, encode.COMMIT_BYTES, encode.TASK_BYTES, encode.PART_CHARACTERS = 4000, 9, 3000, 1000, 700
+    collect.COMMIT_BYTES, collect.COMMIT_DOCUMENTS, encode.COMMIT_BYTES, encode.TASK_BYTES, encode.PART_CHARACTERS = (
+        4000,
+        9,
+        3000,
+        1000,
+        700,
+    )
     os.fsync = after(os.fsync)
     Path.replace = after(Path.replace)  # type: ignore[method-assign]
     journal.Journal.commit = after(journal.Journal.commit)  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ def test_a_missing_shard_is_named(build: Build, texts: Path) -> None:
 
 
 def test_a_folder_that_is_no_corpus_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no manifest.json.*make it with `pathlm prepare`"):
+    with pytest.raises(ValueError, match=r"no manifest\.json.*make it with `pathlm prepare`"):
         Corpus.open(tmp_path)
     (tmp_path / ".work").mkdir()
     with pytest.raises(ValueError, match="was not finished; run the same prepare again"):

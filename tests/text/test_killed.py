@@ -61,6 +61,6 @@ def test_continuing_with_other_settings_or_other_text_is_refused(texts: Path, tm
     with pytest.raises(ValueError, match="vocab_size was 300 and is now 310"):
         prepare(prepare_config(table | {"vocab_size": 310}))
     (texts / "story-01.txt").write_text("Changed meanwhile.")
-    with pytest.raises(ValueError, match="'story-01.txt' among them, since this preparation began"):
+    with pytest.raises(ValueError, match=r"'story-01\.txt' among them, since this preparation began"):
         prepare(prepare_config(table))
     assert prepare(prepare_config(table | {"overwrite": True})).tokens > 1000

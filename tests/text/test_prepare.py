@@ -132,7 +132,7 @@ def test_other_settings_are_refused_with_what_differs_until_overwrite_is_asked(b
 def test_changed_input_files_are_noticed(build: Build, texts: Path) -> None:
     build(texts)
     (texts / "story-01.txt").write_text("Another text.")
-    with pytest.raises(ValueError, match="'story-01.txt' among them, since it was prepared"):
+    with pytest.raises(ValueError, match=r"'story-01\.txt' among them, since it was prepared"):
         build(texts)
     assert build(texts, overwrite=True).record.splits
 
@@ -155,7 +155,9 @@ def test_shards_are_cut_at_the_wanted_size_and_read_as_one_stream(build: Build, 
 
 def test_progress_is_reported_for_every_phase_and_reaches_its_total(texts: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
-    prepare(prepare_config({"out": str(tmp_path / "c"), "sources": [str(texts)], "vocab_size": 300}), progress=lambda *call: calls.append(call))
+    prepare(
+        prepare_config({"out": str(tmp_path / "c"), "sources": [str(texts)], "vocab_size": 300}), progress=lambda *call: calls.append(call)
+    )
     last = {phase: (done, total) for phase, done, total in calls}
     assert list(last) == ["read", "tokenizer", "encode", "write"]
     assert all(done == total for done, total in last.values())

@@ -93,10 +93,10 @@ def test_the_documents_of_a_batch_can_be_named(corpus: Corpus) -> None:
 def test_rows_that_cannot_be_cut_are_refused(corpus: Corpus, build: Build, texts: Path) -> None:
     with pytest.raises(ValueError, match="length=1: a row needs at least 2"):
         PackedRows(corpus, "train", length=1, seed=0)
-    with pytest.raises(ValueError, match="split='dev'.*has train, validation, test"):
+    with pytest.raises(ValueError, match=r"split='dev'.*has train, validation, test"):
         PackedRows(corpus, "dev", length=8, seed=0)
     with pytest.raises(ValueError, match="rows -1 to 0"):
         PackedRows(corpus, "train", length=8, seed=0).batch(-1, 2)
     empty = build(texts, out="no-test", test=0.0)
-    with pytest.raises(ValueError, match="split='test' of .* has no documents"):
+    with pytest.raises(ValueError, match=r"split='test' of .* has no documents"):
         PackedRows(empty, "test", length=8, seed=0)

@@ -211,7 +211,9 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_readers_of_named_corpora_understand_their_files() -> None:
-    poems = json.dumps([{"author": "a", "rhythmic": "t", "paragraphs": ["一", "二"]}, {"author": "a", "rhythmic": "t", "paragraphs": ["□"]}])
+    poems = json.dumps(
+        [{"author": "a", "rhythmic": "t", "paragraphs": ["一", "二"]}, {"author": "a", "rhythmic": "t", "paragraphs": ["□"]}]
+    )
     (poem,) = corpora.NAMED["songci"].rows(iter([("x/ci.song.0.json", poems.encode())]))
     assert (poem["id"], poem["text"]) == ("ci.song.0:0000", "t\na\n一\n二\n")
     line = b"  1 licence\n00001740 00 a 02 able 0 fit(p) 1 001 ! 00002098 a 0101 | having the power  \n"

@@ -14,7 +14,10 @@ from pathlm.text import tokenizers as tk
 SAMPLE = [sentences(seed, 60) for seed in range(8)]
 BPE = tk.train_bpe(SAMPLE, 400)
 CHARACTERS = tk.train_characters(SAMPLE, 60)
-HARD = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ab9's ,.\n\r\t\x0b\x1c\x85\xa0\u2003\u2028\u3000。，水流")), max_size=60)
+HARD = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ab9's ,.\n\r\t\x0b\x1c\x85\xa0\u2003\u2028\u3000。，水流")),
+    max_size=60,
+)
 
 
 def library(text: str) -> list[int]:

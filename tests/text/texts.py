@@ -5,7 +5,8 @@ from pathlib import Path
 from pathlm.text.corpus import Corpus
 
 Build = Callable[..., Corpus]
-WORDS = ("the river of may bears no grain, and every miller's wheel stands still; 42 sacks remain. 水 流 山 高 月 小 naïve café — end").split()
+PHRASE = "the river of may bears no grain, and every miller's wheel stands still; 42 sacks remain. 水 流 山 高 月 小 naïve café — end"
+WORDS = PHRASE.split()
 
 
 def sentences(seed: int, count: int) -> str:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -59,7 +59,9 @@ class _Layout:
     """What every split is written from and to."""
 
     out: Path
-    tokens: np.ndarray
+    tokens: IO[bytes]
+    """All tokens, in the order of the journal; read piece by piece, since a mapped file would count as resident memory."""
+    dtype: np.dtype[Any]
     titles: list[str]
     journal: Journal
     shard_tokens: int
@@ -80,8 +82,8 @@ def _write_split(split: str, kept: Iterator[tuple[Seen, Encoded]], layout: _Layo
         for document, encoded in kept:
             index.write(np.array([totals["tokens"], position], dtype="<u8").tobytes())
             position += lines.write(_record(document, encoded, layout.titles[document.source]))
-            for start in range(encoded.offset, encoded.offset + encoded.tokens, _COPY):
-                shards.write(layout.tokens[start : min(start + _COPY, encoded.offset + encoded.tokens)])
+            for piece in _pieces(layout, encoded):
+                shards.write(piece)
             for name, value in (
                 ("documents", 1),
                 ("tokens", encoded.tokens),
@@ -97,6 +99,17 @@ def _write_split(split: str, kept: Iterator[tuple[Seen, Encoded]], layout: _Layo
             os.fsync(file.fileno())
     files = [describe_file(layout.out, folder / name) for name in ("documents.jsonl", "index.bin")]
     return totals | {"shards": shards.close(), "files": files, "tokens_by_source": by_source}
+
+
+def _pieces(layout: _Layout, encoded: Encoded) -> Iterator[np.ndarray]:
+    """Yield the tokens of one document, a bounded number at a time."""
+    layout.tokens.seek(encoded.offset * layout.dtype.itemsize)
+    left = encoded.tokens
+    while left:
+        content = layout.tokens.read(min(left, _COPY) * layout.dtype.itemsize)
+        assert content, "the token spool is shorter than the journal says"
+        yield np.frombuffer(content, dtype=layout.dtype)
+        left -= len(content) // layout.dtype.itemsize
 
 
 def _record(document: Seen, encoded: Encoded, source: str) -> bytes:
@@ -176,16 +189,15 @@ def write_all(
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Write every split. Return what the manifest says about the splits and about the sources."""
     cutoffs = choose(journal, sources)
-    count = token_file.stat().st_size // DTYPES[dtype].itemsize
-    tokens = np.memmap(token_file, dtype=DTYPES[dtype], mode="r", shape=(count,))
     totals = list(journal.totals())
     size = sum(row[3] for row in totals)
-    layout = _Layout(out, tokens, [source.title for source in sources], journal, shard_tokens, report, size)
     splits: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
-        if split != "shift" or any(row[1] == split for row in totals):
-            before = sum(record["bytes"] for record in splits.values())
-            splits[split] = _write_split(split, journal.kept(split, cutoffs), layout, before=before)
+    with token_file.open("rb") as tokens:
+        layout = _Layout(out, tokens, DTYPES[dtype], [source.title for source in sources], journal, shard_tokens, report, size)
+        for split in SPLITS:
+            if split != "shift" or any(row[1] == split for row in totals):
+                before = sum(record["bytes"] for record in splits.values())
+                splits[split] = _write_split(split, journal.kept(split, cutoffs), layout, before=before)
     report("write", size, size)
     return splits, _describe_sources(journal, sources, splits)
 

@@ -43,7 +43,7 @@ class Encoder:
         self.backend, self.bos, self.eos, self.pad, self.kind = backend, bos, eos, pad, kind
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._wrapper = wrapper
-        self._known = _KnownChunks(backend) if kind == "bpe" else None
+        self._known = _KnownChunks(backend) if _splits_like_gpt2(backend) else None
         self._table: np.ndarray | None = None
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -57,7 +57,7 @@ class Encoder:
     @property
     def splits_long_text(self) -> bool:
         """Whether long texts may be encoded in the parts that `cut` makes, with the same tokens as in one go."""
-        return self.kind in ("bpe", "characters")
+        return self._known is not None or self.kind == "characters"
 
     @property
     def digest(self) -> str:
@@ -94,6 +94,19 @@ class Encoder:
         else:
             wrapper = self._wrapper
         wrapper.save_pretrained(str(folder))
+
+
+def _splits_like_gpt2(backend: Tokenizer) -> bool:
+    """Whether a tokenizer encodes text in independent parts as GPT-2's does: byte-level BPE that changes nothing beforehand."""
+    table = json.loads(backend.to_str())
+    splitter = table["pre_tokenizer"] or {}
+    return (
+        table["normalizer"] is None
+        and table["model"]["type"] == "BPE"
+        and not table["model"].get("dropout")
+        and (splitter.get("type"), splitter.get("add_prefix_space"), splitter.get("use_regex", True)) == ("ByteLevel", False, True)
+        and all(token["special"] for token in table["added_tokens"])
+    )
 
 
 class _KnownChunks:
