@@ -95,4 +95,4 @@ def interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     margin = z / (1 + z * z / trials) * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - margin), min(1.0, centre + margin)
+    return 0.0 if successes == 0 else centre - margin, 1.0 if successes == trials else centre + margin
