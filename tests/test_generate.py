@@ -12,6 +12,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pathlm import build, preset
 from pathlm import generate as module
 from pathlm.generate import Detokenizer, Sampling, generate, read_prompts, run, stream
 
@@ -59,7 +60,13 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="module", params=[make_llama, make_gpt2], ids=["llama", "gpt2"])
+def make_brian(vocab=300, context=64):
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": context, "initializer_range": 0.3}
+    return build(preset("plain-tiny", vocab_size=vocab, bos_token_id=0, eos_token_id=0, **options)).double().eval()
+
+
+@pytest.fixture(scope="module", params=[make_llama, make_gpt2, make_brian], ids=["llama", "gpt2", "brian"])
 def model(request):
     return request.param()
 
