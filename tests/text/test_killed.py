@@ -64,3 +64,26 @@ def test_continuing_with_other_settings_or_other_text_is_refused(texts: Path, tm
     with pytest.raises(ValueError, match=r"'story-01\.txt' among them, since this preparation began"):
         prepare(prepare_config(table))
     assert prepare(prepare_config(table | {"overwrite": True})).tokens > 1000
+
+
+def peak_megabytes(texts: Path, out: Path) -> float:
+    program = (
+        "import resource, sys; from pathlm.text.prepare import prepare, prepare_config;"
+        "prepare(prepare_config({'out': sys.argv[2], 'sources': [sys.argv[1]], 'vocab_size': 999, 'tokenizer_sample_mb': 2, 'workers': 2}));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(texts), str(out)], capture_output=True, text=True, check=True)
+    return float(result.stdout)
+
+
+@pytest.mark.slow
+def test_ten_times_the_text_needs_the_same_memory_in_many_documents_and_in_one(tmp_path: Path) -> None:
+    piece = sentences(3, 20_000)
+    for name, copies in (("small", 4), ("large", 40)):
+        (tmp_path / name).mkdir()
+        for number in range(copies // 2):
+            (tmp_path / name / f"{number}.txt").write_text(f"{number} {piece}", encoding="utf-8")
+        with (tmp_path / name / "long.txt").open("w", encoding="utf-8") as out:
+            out.writelines(f"{number}: {piece}" for number in range(copies // 2))
+    small, large = (peak_megabytes(tmp_path / name, tmp_path / f"{name}-out") for name in ("small", "large"))
+    assert large < 1.1 * small + 10 and large < 700

@@ -124,6 +124,29 @@ def test_a_hugging_face_tokenizer_is_used_as_it_is(build: Build, texts: Path) ->
     assert again.tokenizer().get_vocab() == first.tokenizer().get_vocab()
 
 
+def test_a_tokenizer_that_splits_otherwise_is_left_to_the_library(build: Build, texts: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(SAMPLE, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<unk>"], show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(str(tmp_path / "other"))
+    corpus = build(texts, tokenizer=str(tmp_path / "other"))
+    assert not tk.load_pretrained(str(tmp_path / "other")).splits_long_text
+    assert corpus.manifest["tokenizer"]["pad"] is None
+    document = corpus.documents("train")[0]
+    text = (texts.parent / document.id).read_text(encoding="utf-8")
+    assert corpus.document_tokens("train", 0).tolist() == [0, *backend.encode(text, add_special_tokens=False).ids, 1]
+    from pathlm.text.rows import PADDING, PackedRows
+
+    last = PackedRows(corpus, "train", length=4096, seed=0, shuffle=False)
+    batch = last.batch(last.rows_per_epoch - 1, 1)
+    assert set(batch["input_ids"][batch["document_ids"] == PADDING].tolist()) <= {1}, "the end token stands for padding"
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(build: Build, texts: Path, tmp_path: Path) -> None:
     first = build(texts, out="first")
     folder = tmp_path / "endless"

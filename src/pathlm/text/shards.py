@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,12 @@ class TokenStream:
 
     def __init__(self, folder: Path, shards: Sequence[Mapping[str, Any]], dtype: str) -> None:
         """Map `shards` (records with `file` and `tokens`) that lie under `folder`."""
-        self._maps = [np.memmap(folder / s["file"], dtype=DTYPES[dtype], mode="r", shape=(s["tokens"],)) for s in shards]
-        self._starts = np.concatenate([[0], np.cumsum([s["tokens"] for s in shards], dtype=np.int64)]).astype(np.int64)
+        maps = (np.memmap(folder / s["file"], dtype=DTYPES[dtype], mode="r", shape=(s["tokens"],)) for s in shards)
+        self._maps = [np.asarray(mapped) for mapped in maps]
+        self._starts = list(accumulate((s["tokens"] for s in shards), initial=0))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, step = where.indices(len(self))
@@ -63,9 +66,9 @@ class TokenStream:
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Fill the one-dimensional array `out` with the tokens from position `start` on."""
         done = 0
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         while done < len(out):
-            begin = start + done - int(self._starts[shard])
+            begin = start + done - self._starts[shard]
             piece = self._maps[shard][begin : begin + len(out) - done]
             assert len(piece), "read past the end of the stream"
             out[done : done + len(piece)] = piece
