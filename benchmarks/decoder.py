@@ -120,7 +120,7 @@ def decoding(name: str, device: str, batch: int, *, new: int, repeats: int) -> t
 
 
 def main(argv: list[str]) -> dict:
-    """Run all comparisons, or those that `--only` names. Training ratios are times (below 1 is faster), decoding ratios are speeds (above 1)."""
+    """Run the comparisons. Training ratios are of times (below 1 is faster), decoding ratios of speeds (above 1 is faster)."""
     parser = arguments(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)

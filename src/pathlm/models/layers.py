@@ -86,6 +86,10 @@ def rotate(
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer that adds to the residual stream, and therefore starts smaller the more of them there are."""
+
+
 class Block(nn.Module):
     """A Llama block: RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, with residual connections.
 
@@ -98,10 +102,10 @@ class Block(nn.Module):
         self.heads, self.groups, self.width = heads, groups, width
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * groups) * width, bias=config.attention_bias)
-        self.out_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        self.out_proj = ResidualLinear(heads * width, config.hidden_size, bias=config.attention_bias)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Cache | None, index: int) -> Tensor:
         """Return the next hidden state (B, T, D). Appends keys and values to `memory` under this block's `index`."""

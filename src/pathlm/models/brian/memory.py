@@ -39,6 +39,11 @@ class BlockMemory(DynamicLayer):
         """Return S, the number of tokens remembered."""
         return self._length
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens the buffers have room for."""
+        return 0 if self._buffers is None else self._buffers[0].shape[2]
+
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self._buffers = None

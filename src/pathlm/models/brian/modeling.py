@@ -15,7 +15,7 @@ from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.tracing import Trace
-from pathlm.models.layers import Block, RMSNorm, Rotary, causal_mask, segment_positions
+from pathlm.models.layers import Block, ResidualLinear, RMSNorm, Rotary, causal_mask, segment_positions
 from pathlm.models.losses import IGNORE, linear_cross_entropy
 from pathlm.models.output import PathOutput
 
@@ -130,6 +130,8 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw matrices from normal(0, initializer_range); those that write to the residual stream are divided by √(2 × blocks)."""
         std = self.config.initializer_range
+        if isinstance(module, ResidualLinear):
+            std /= (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, Rotary):
             module.refresh()
         elif isinstance(module, RMSNorm):
@@ -138,9 +140,6 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, mean=0.0, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, Block):  # after its parts
-            for projection in (module.out_proj, module.down_proj):
-                init.normal_(projection.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
