@@ -69,7 +69,8 @@ def test_continuing_with_other_settings_or_other_text_is_refused(texts: Path, tm
 def peak_megabytes(texts: Path, out: Path) -> float:
     program = (
         "import resource, sys; from pathlm.text.prepare import prepare, prepare_config;"
-        "prepare(prepare_config({'out': sys.argv[2], 'sources': [sys.argv[1]], 'vocab_size': 999, 'tokenizer_sample_mb': 2, 'workers': 2}));"
+        "table = {'sources': [sys.argv[1]], 'out': sys.argv[2], 'vocab_size': 2000, 'tokenizer_sample_mb': 2, 'workers': 2};"
+        "prepare(prepare_config(table));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     result = subprocess.run([sys.executable, "-c", program, str(texts), str(out)], capture_output=True, text=True, check=True)
