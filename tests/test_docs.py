@@ -54,8 +54,9 @@ def test_every_pathlm_command_on_a_page_exists_with_its_options(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_that_is_mentioned_exists(page):
-    for name in re.findall(r"`pathlm ([a-z]+)", page.read_text(encoding="utf-8")):
-        assert name in COMMANDS
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"`pathlm ([a-z]+)", text)) <= set(COMMANDS)
+    assert set(re.findall(r"`pathlm bench ([a-z_]+)", text)) <= set(benchmarks())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -91,3 +92,8 @@ def test_the_tree_in_the_readme_names_every_module_and_nothing_else():
             shown.add("".join(parents))
     inside = {f.relative_to(ROOT).as_posix() for f in (ROOT / "src").rglob("*.py")}
     assert shown == {f for f in inside if not f.endswith("/__init__.py") or f == "src/pathlm/__init__.py"}
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= set(re.findall(r"\]\(([^)]+)\)", index))
