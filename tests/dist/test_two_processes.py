@@ -1,14 +1,19 @@
 """Two gloo processes are one run: the same losses, one folder, the same end after a kill."""
 
-import os
+import contextlib
 import random
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
-from two import begin, finish, rows
+from two import RECIPE, begin, finish, rows
+
+from pathlm.config import load
+from pathlm.train import start
 
 NUMBERS = ("loss/total", "loss/lm", "validation/loss", "optim/grad_norm", "optim/lr", "data/target_share")
 
@@ -23,8 +28,10 @@ def assert_close(found, expected):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
+    """One process: this one, which has imported torch already."""
     folder = tmp_path_factory.mktemp("alone")
-    finish(begin(folder))
+    (folder / "recipe.toml").write_text(RECIPE)
+    start(load(folder / "recipe.toml", [f'out="{folder}"']), console=Console(quiet=True))
     return folder
 
 
@@ -102,13 +109,9 @@ def wait_for_growth(process, log: Path, *, lines: int = 1) -> None:
 
 
 def kill_session(process) -> None:
-    """Kill the launcher and the processes it started, all of them ours, at once."""
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = child.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == process.pid and fields[0] != "Z":  # same session
-            os.kill(int(child.parent.name), signal.SIGKILL)
+    """Kill a run and all it started at once. torchrun gives its workers sessions of their own, so they are found by parentage."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.communicate(timeout=30)
