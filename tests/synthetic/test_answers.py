@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -236,3 +237,10 @@ def test_bad_options_are_refused_by_name_value_and_rule(spec, message):
 def test_an_option_given_twice_is_refused():
     with pytest.raises(ValueError, match="nodes is given twice"):
         open_task("pointer:nodes=20", nodes=24)
+
+
+def test_the_samples_on_the_page_are_right():
+    page = (Path(__file__).parents[2] / "docs" / "synthetic.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \| `([^`]*) = ([^`]*)` \|", page, flags=re.MULTILINE)
+    assert [task for task, _, _ in shown] == list(TASKS)
+    assert [(prompt, " ".join(solve(f"{prompt} =")[0])) for _, prompt, _ in shown] == [(prompt, answer) for _, prompt, answer in shown]

@@ -74,7 +74,7 @@ class Arithmetic(StepTask):
 @strict
 @dataclass(kw_only=True)
 class Rewrite(StepTask):
-    """`rewrite w e > x q x > y … : q w e r t =` → `y r t`: apply the stated rules until none fits.
+    """`rewrite b z > c a b > z c b > a : a b c =` → `z c`: apply the stated rules until none fits.
 
     A rule `u v > z` replaces u v, side by side, by z. Exactly one rule fits at any time and each but the first needs the symbol that the
     one before it wrote, so k rewrites happen in only one order. As many rules and one more never fit although they look alike: every new
@@ -187,7 +187,7 @@ class MapTask(StepTask):
 @strict
 @dataclass(kw_only=True)
 class Pointer(MapTask):
-    """`pointer a > c c > b b > a : a times 2 =` → `b`: follow the stated map k times.
+    """`pointer a > c c > b b > a : a times 1 =` → `c`: follow the stated map k times.
 
     difficulty is the number of pairs. k look-ups are needed one after another by whatever acts only where the question stands; a network
     that already composes the map at the places of its pairs can double the reach per layer, as far as causality lets one pair see the
@@ -211,7 +211,7 @@ class Pointer(MapTask):
 @strict
 @dataclass(kw_only=True)
 class Repeat(MapTask):
-    """`repeat a > c c > b b > a : a b times 2 =` → `b c`: transform a word k times.
+    """`repeat a > c c > b b > a : a b times 1 =` → `a c`: transform a word k times.
 
     One application replaces every symbol by its image and then moves the first to the end. The map is stated in the prompt: a fixed
     transformation could be memorised together with its powers and would then take one step for any k. difficulty is the length of the word.
