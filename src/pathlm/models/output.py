@@ -13,5 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 class PathOutput(CausalLMOutputWithPast):
     """Loss, logits (B, T, V) and cache as in transformers; `metrics` holds detached scalars under slash names."""
 
+    # Declared anew, as some versions of transformers promise float32 here.
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
     trace: Any = None
