@@ -172,6 +172,12 @@ def test_training_sees_the_train_split_only(build: Build, tmp_path: Path) -> Non
     assert unseen > 10
 
 
+def test_training_leaves_out_further_clauses_when_it_has_seen_enough_distinct_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tk, "_DISTINCT_BYTES", 20)
+    texts = ["水流水流", "水流水流", "plain", "山高月小山高", "水流水流", "plain too"]
+    assert list(tk._few_words(texts)) == ["水流水流", "水流水流", "plain", "山高月小山高", "plain too"]
+
+
 def test_the_sample_for_training_is_capped_and_fixed(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": sentences(n, 20)}) for n in range(80)))
     seen: list[str] = []

@@ -30,6 +30,8 @@ _ANY = rf"[ \n\r\t{_RARE}]"
 _INK = rf"[^ \n\r\t{_RARE}]"
 _CHUNK = re.compile(rf"{_ANY}*{_INK}+(?:[{_RARE}]{_ANY}*{_INK}+)*|{_ANY}+")
 
+_WORD = re.compile(r"[^\W\d_]+")
+_DISTINCT_BYTES = 4_000_000
 _KNOWN_CHUNKS = 250_000
 _TRIAL_CHARACTERS = 1 << 20
 _WORTHWHILE = 0.75
@@ -145,15 +147,33 @@ class _KnownChunks:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """Train a byte-level BPE that round-trips every text: no normalisation, no added space, all 256 bytes in the vocabulary."""
+    """Train a byte-level BPE that round-trips every text: no normalisation, no added space, all 256 bytes in the vocabulary.
+
+    The trainer's memory grows with the distinct words, which are whole clauses in Chinese. Once `_DISTINCT_BYTES` of them were seen,
+    further text that is not plain ASCII is left out.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    backend.train_from_iterator(texts, trainer=trainer)
+    backend.train_from_iterator(_few_words(texts), trainer=trainer)
     return _own(backend, "bpe")
+
+
+def _few_words(texts: Iterable[str]) -> Iterator[str]:
+    """Pass texts on, leaving out what is not ASCII after the distinct words of such texts have reached `_DISTINCT_BYTES`."""
+    seen: set[str] = set()
+    size = 0
+    for text in texts:
+        if not text.isascii():
+            if size > _DISTINCT_BYTES:
+                continue
+            new = set(_WORD.findall(text)) - seen
+            size += sum(len(word.encode()) for word in new)
+            seen |= new
+        yield text
 
 
 def train_characters(texts: Iterable[str], vocab_size: int) -> Encoder:
