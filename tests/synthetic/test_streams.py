@@ -72,7 +72,15 @@ def test_small_spaces_are_shared_and_say_so():
 
 
 @pytest.mark.parametrize(
-    "spec", ["arithmetic:modulus=5", "brackets:kinds=2,max_open=1,length=9,max_k=4", "compose:size=3", "rewrite:untouched=1,alphabet=14"]
+    "spec",
+    [
+        "arithmetic:modulus=5",
+        "brackets:kinds=2,max_open=1,length=9,max_k=4",
+        "compose:size=3",
+        "rewrite:untouched=1,alphabet=14",
+        "pointer:max_k=1,nodes=3,alphabet=4",
+        "pointer:max_k=2,nodes=5,alphabet=5,order=sorted",
+    ],
 )
 def test_the_declared_number_of_prompts_is_not_more_than_there_are(spec):
     """Checked where all of them can be met: an overstated count would hold samples out of a space that has none."""

@@ -180,8 +180,8 @@ class MapTask(StepTask):
         return self.nodes * (1 if self.encoding == "pair" else 3)
 
     def prompts(self, k: int) -> int:
-        """Count the cycles."""
-        return perm(self.alphabet, self.nodes) // self.nodes
+        """Count the cycles and the orders in which their pairs may be stated, with one question each."""
+        return perm(self.alphabet, self.nodes) // self.nodes * (factorial(self.nodes) if self.order == "shuffled" else 1)
 
 
 @strict
