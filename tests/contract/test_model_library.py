@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +208,26 @@ def test_the_curriculum_of_a_plain_decoder_is_one_stage() -> None:
         curriculum("hand-over", 100)
 
 
+COMPILED = """
+import torch
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.modeling import BrianForCausalLM
+config = BrianConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, initializer_range=0.3)
+model = BrianForCausalLM(config).train()
+ids = torch.arange(40).view(2, 20)
+for extra in ({}, {"document_ids": ids // 7}, {"skip_logits": True}):
+    torch._dynamo.reset()
+    grads = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        loss = call(ids, labels=ids, **extra).loss
+        loss.backward()
+        grads.append((loss.detach(), model.embed_tokens.weight.grad.clone()))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_training_compiles_into_one_graph() -> None:
-    model, ids = tiny().train(), torch.arange(40).view(2, 20)
-    documents = torch.arange(40).view(2, 20) // 7
-    for extra in ({}, {"document_ids": documents}, {"skip_logits": True}):
-        torch._dynamo.reset()
-        plain = model(ids, labels=ids, **extra).loss
-        compiled = torch.compile(model, fullgraph=True)(ids, labels=ids, **extra).loss
-        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
-        compiled.backward()
+def test_a_training_step_compiles_into_one_graph() -> None:
+    """In a process of its own, as the shape checks that the tests switch on cannot be compiled."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
