@@ -76,6 +76,7 @@ def _write(run: Path, target: Path, model: Any, weights: dict[str, Any], content
     try:
         with _no_progress_bars():  # ours is on the screen
             model.save_pretrained(hidden, state_dict=weights, max_shard_size="100TB")
+        shutil.copymode(hidden / "config.json", hidden / "model.safetensors")  # safetensors lets nobody but the owner read
         if tokenizer is not None:
             tokenizer.save_pretrained(hidden)
         torch.save(content, hidden / TRAINING_STATE)
