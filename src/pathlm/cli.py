@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from pathlm.config import RunError
-
 
 class Doors(TyperGroup):
     """Commands whose errors are one clear line: exit code 2 for the user's, 1 for a run that had to stop. `--debug` shows the traceback."""
@@ -22,11 +20,14 @@ class Doors(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ImportError, RunError) as error:
-            if ctx.params["debug"]:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            from pathlm.config import RunError  # not needed for a help page
+
+            stopped = isinstance(error, RunError)
+            if ctx.params["debug"] or (isinstance(error, RuntimeError) and not stopped):
                 raise
             Console(stderr=True).print(f"[bold red]error:[/] [red]{escape(_one_line(error))}[/]", highlight=False, soft_wrap=True)
-            raise typer.Exit(1 if isinstance(error, RunError) else 2) from None
+            raise typer.Exit(1 if stopped else 2) from None
 
 
 app = typer.Typer(
