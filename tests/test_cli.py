@@ -62,7 +62,7 @@ def test_commands_and_their_options_stay_as_published():
         "demo": "folder overrides",
         "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
-        "eval": "model_folder corpus split context stride max_documents max_tokens order records device",
+        "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end device",
         "presets": "",
         "convert": "folder out to",
@@ -74,13 +74,14 @@ def test_commands_and_their_options_stay_as_published():
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
     from pathlm import bench, config, demo, evaluate, generate, train
+    from pathlm.evaluate import harness
     from pathlm.models.brian import convert
     from pathlm.text import prepare
 
     homes = {
         "prepare": (prepare.PrepareConfig, prepare.from_arguments),
         "train": (config.load, train.start),
-        "eval": (evaluate.run,),
+        "eval": (evaluate.run, harness.run),
         "generate": (generate.run, generate.read_prompts),
         "convert": (convert.convert,),
         "bench": (bench.bench,),

@@ -1,6 +1,7 @@
 """lm-eval's own numbers on a local multiple-choice task equal ours, without a network."""
 
 import importlib
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from pathlm.cli import app
 from pathlm.evaluate.choices import Question, read_questions, score_choices, write_questions
 from pathlm.models.library import build, preset
 from pathlm.text.synthetic import open_task, samples
@@ -72,9 +75,17 @@ def test_a_saved_model_is_evaluated_from_its_folder(harness, model, tokenizer, q
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    found = harness.run(tmp_path / "model", [questions], limit=20, device="cpu")
+    done = CliRunner().invoke(app, ["eval", str(tmp_path / "model"), "--lm-eval", str(questions), "--limit", "20", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "model" / "eval.json").read_text())["lm-eval"]["tasks"]["copying"]
     first = score_choices(model, tokenizer, read_questions(questions)[:20])
-    assert found["copying"]["acc,none"] == first[0].accuracy
+    assert found["acc,none"] == first[0].accuracy
+    assert f"{first[0].accuracy:.4f}" in done.output
+
+
+def test_a_file_of_questions_that_does_not_exist_is_named_before_the_model_is_opened(harness, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no-such\.jsonl"):
+        harness.run(tmp_path / "no model", [tmp_path / "no-such.jsonl"])
 
 
 def test_rolling_likelihood_counts_every_token_once(harness, model, tokenizer):

@@ -116,9 +116,19 @@ def eval_(
     max_tokens: Annotated[int | None, typer.Option(help="Measure the first documents that hold so many tokens.")] = None,
     order: Annotated[int, typer.Option(help="Highest n-gram order to compare with; 0 for none.")] = 5,
     records: Annotated[Path | None, typer.Option(help="Write the loss of every token to this file.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="Measure this lm-eval task or .jsonl file of questions instead.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --lm-eval: the first so many questions.")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="With --lm-eval: solved examples before each question.")] = None,
     device: Device = None,
 ) -> None:
-    """Measure a model on whole documents, beside n-grams counted on the same text."""
+    """Measure a model on whole documents, beside n-grams counted on the same text; or on lm-eval tasks."""
+    if tasks:
+        from pathlm.evaluate import harness
+
+        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, device=device, console=Console())
+        return
     from pathlm.evaluate import run
 
     run(

@@ -88,7 +88,7 @@ def run(
             records=records, progress=advance,
         )  # fmt: skip
     result["model"] = mine.to_dict()
-    file = _write(run_folder(model_folder) / "eval.json", split, result)
+    file = note_result(run_folder(model_folder) / "eval.json", split, result)
     if console is not None:
         console.print(table(result, name=_name(model_folder, place)))
         console.print(
@@ -216,13 +216,13 @@ def _bar(console: Console | None, label: str, *, total: int) -> Iterator[Callabl
         yield lambda tokens: progress.advance(task, tokens)
 
 
-def _write(file: Path, split: str, result: dict[str, Any]) -> Path:
-    """Put a result under its split's name into `eval.json`, keeping those of other splits."""
+def note_result(file: Path, name: str, result: dict[str, Any]) -> Path:
+    """Put a result under a name, such as its split, into `eval.json`, keeping the others."""
     results: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         results = json.loads(file.read_text(encoding="utf-8"))
     try:
-        _replace(file, results | {split: result})
+        _replace(file, results | {name: result})
     except OSError as error:
         warnings.warn(f"{file} could not be written: {error}", stacklevel=3)
     return file

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import evaluating, open_model, start_token
+from pathlm.evaluate.checkpoint import evaluating, find_checkpoint, open_model, run_folder, start_token
 from pathlm.evaluate.choices import encode_pair, likelihoods
+from pathlm.evaluate.compare import note_result
 
 try:
     from lm_eval.api.model import LM
@@ -113,7 +116,7 @@ def choice_task(file: Path | str, *, name: str | None = None, delimiter: str = "
 
 
 def run(
-    folder: Path | str,
+    model_folder: Path | str,
     tasks: Sequence[str | Path | dict[str, Any]],
     *,
     limit: int | None = None,
@@ -121,23 +124,39 @@ def run(
     batch_size: int = 16,
     include_path: Path | str | None = None,
     device: str | None = None,
+    console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the model in `folder` on lm-eval tasks and return their metrics by task.
+    """Evaluate the model in `model_folder` on lm-eval tasks and return their metrics by task, also written to `eval.json` there.
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network.
+    network. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a folder without a model or a tokenizer.
     """
-    model, tokenizer = open_model(folder, device=device)
+    for task in tasks:
+        if _is_file(task) and not Path(str(task)).is_file():
+            raise FileNotFoundError(f"lm-eval task {str(task)!r}: there is no such file of questions")
+    place = find_checkpoint(model_folder)
+    model, tokenizer = open_model(place, device=device)
     if tokenizer is None:
-        raise ValueError(f"model folder {str(folder)!r} holds no tokenizer")
-    return evaluate(
-        HarnessModel(model, tokenizer, batch_size=batch_size, name=str(folder)),
-        tasks,
-        limit=limit,
-        fewshot=fewshot,
-        include_path=include_path,
-    )
+        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
+    adapted = HarnessModel(model, tokenizer, batch_size=batch_size, name=str(model_folder))
+    found = evaluate(adapted, tasks, limit=limit, fewshot=fewshot, include_path=include_path)
+    file = note_result(run_folder(model_folder) / "eval.json", "lm-eval", {"checkpoint": str(place), "tasks": found})
+    if console is not None:
+        console.print(table(found))
+        console.print(f"written to {file}", style="dim", highlight=False, soft_wrap=True)
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """Return the metrics of `run` as a table, a row per task and metric."""
+    shown = Table("task", "metric")
+    shown.add_column("value", justify="right")
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "stderr" not in name:
+                shown.add_row(task, name.removesuffix(",none"), f"{value:.4f}")
+    return shown
 
 
 def evaluate(
@@ -152,7 +171,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    chosen = [choice_task(task) if not isinstance(task, dict) and str(task).endswith(".jsonl") else task for task in tasks]
+    chosen = [choice_task(str(task)) if _is_file(task) else task for task in tasks]
     by_name = any(not isinstance(task, dict) for task in chosen)
     manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=by_name)
     found = simple_evaluate(
@@ -160,3 +179,8 @@ def evaluate(
     )
     assert found is not None, "only ranks other than the first return nothing, and there is one"
     return {task: dict(metrics) for task, metrics in found["results"].items()}
+
+
+def _is_file(task: str | Path | dict[str, Any]) -> bool:
+    """Whether a task is a file of questions."""
+    return not isinstance(task, dict) and str(task).endswith(".jsonl")

@@ -31,16 +31,18 @@ _KEPT_BLOCKS = 4
 Labels = Literal["answer", "answer-end", "all"]
 
 
-def open_rows(data: DataConfig, split: str, *, seed: int) -> Rows:
+def open_rows(data: DataConfig, split: str, *, seed: int, verify: bool = True) -> Rows:
     """Open the rows that `data` describes, for one split.
 
     Rows of a mixture are text or samples, never both: row i is a row of samples when ⌊(i + 1)·share⌋ > ⌊i·share⌋, so that any first n rows
-    hold ⌊n·share⌋ rows of samples. Raises `ValueError` naming the field when the tasks or the corpus cannot be read.
+    hold ⌊n·share⌋ rows of samples. `verify` compares the corpus with its hashes, which reads it once.
+
+    Raises `ValueError` naming the field when the tasks or the corpus cannot be read.
     """
     if data.task_share == 1.0 and data.corpus is None:
         return TaskRows(data.tasks, split, length=data.length, seed=seed, labels=data.task_labels)
     assert data.corpus is not None
-    corpus = Corpus.open(data.corpus)
+    corpus = Corpus.open(data.corpus, verify=verify)
     if data.task_share == 0.0:
         return PackedRows(corpus, split, length=data.length, seed=seed)
     tasks = TaskRows(data.tasks, split, length=data.length, seed=seed, labels=data.task_labels, tokenizer=corpus.tokenizer())

@@ -171,7 +171,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(h_BTD.shape[:2])}, one label per token")
         target_BT = torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
         if count is None:
-            count = (target_BT != IGNORE).sum()
+            count = (target_BT != IGNORE).sum().clamp(min=1)  # without a counted label the loss is 0, not 0 ÷ 0
         return linear_cross_entropy(h_BTD.flatten(0, 1), self.lm_head.weight, target_BT.flatten()) / count
 
     def _trace(self, input_ids: Tensor | None, h_BTD: Tensor, segment_BS: Tensor | None) -> Trace:
