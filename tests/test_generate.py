@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pathlm import build, preset
-from pathlm import generate as module
 from pathlm.generate import Detokenizer, Sampling, generate, read_prompts, run, stream
+from pathlm.generate import decoding as module
 
 TEXT = [
     "The people of the United States, and the state of the Union.",
@@ -114,8 +114,8 @@ def test_looking_at_tokens_in_chunks_changes_nothing(model, monkeypatch):
     prompts = prompts_of([5, 9, 2])
     eos = generate(model, prompts, max_new_tokens=30, seed=1)[1][6]
     expected = generate(model, prompts, max_new_tokens=30, seed=1, eos_token_id=eos)
-    decode = module._decode
-    monkeypatch.setattr(module, "_decode", lambda *args, **options: decode(*args, **(options | {"chunk": 7})))
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda *args, **options: decode(*args, **(options | {"chunk": 7})))
     assert generate(model, prompts, max_new_tokens=30, seed=1, eos_token_id=eos) == expected
 
 

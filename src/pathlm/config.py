@@ -144,6 +144,11 @@ def with_options(cls: type[T], options: Mapping[str, Any], *, where: str = "") -
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"{cls.__name__} has no option {', '.join(where + name for name in unknown)}; it has {', '.join(sorted(known))}")
     values = {name: _coerce(hints[name], value, where + name) for name, value in options.items()}
+    return build_strict(cls, values)
+
+
+def build_strict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return `cls(**values)`, a strict dataclass's complaints as one-line `ValueError`s."""
     try:
         return cls(**values)
     except StrictDataclassError as error:

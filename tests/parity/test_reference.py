@@ -109,9 +109,12 @@ def test_the_loss_in_pieces_has_the_automatic_gradient(piece: int, monkeypatch: 
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_row_without_labels_has_no_loss_to_divide_but_finite_logits() -> None:
-    out = model()(torch.tensor([ROW]), labels=torch.full((1, 7), IGNORE))
-    assert out.loss.isnan() and out.logits.isfinite().all()
+def test_a_micro_batch_without_labels_costs_nothing_and_moves_nothing() -> None:
+    mine = model()
+    out = mine(torch.tensor([ROW]), labels=torch.full((1, 7), IGNORE))
+    assert out.loss == 0 and out.logits.isfinite().all()
+    out.loss.backward()
+    assert all((p.grad == 0).all() for p in mine.parameters())
 
 
 def test_the_loss_in_bfloat16_is_that_of_float32_to_its_precision() -> None:

@@ -49,7 +49,7 @@ def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, A
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = find_checkpoint(folder)
-    with _no_loading_bar():
+    with no_progress_bars():
         model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
@@ -62,8 +62,8 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 @contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Keep transformers from drawing a progress bar of its own between our lines."""
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own between our lines, while it loads or saves."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pathlm.config import build_strict
 from pathlm.models import FAMILIES, family
 
 
@@ -40,17 +40,8 @@ def preset(name: str, **overrides: Any) -> PreTrainedConfig:
     for model_type in FAMILIES:
         package = family(model_type)
         if name in package.PRESETS:
-            return configure(package.Config, package.PRESETS[name] | _known(package.Config, overrides))
+            return build_strict(package.Config, package.PRESETS[name] | _known(package.Config, overrides))
     raise ValueError(f"preset={name!r}: there are {', '.join(n for f in FAMILIES for n in family(f).PRESETS)}")
-
-
-def configure(cls: type[PreTrainedConfig], options: dict[str, Any]) -> PreTrainedConfig:
-    """Return `cls(**options)`, with its complaints as `ValueError`."""
-    try:
-        return cls(**options)
-    except StrictDataclassError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        raise ValueError(" ".join(str(cause).split())) from error
 
 
 def presets() -> dict[str, PresetSummary]:

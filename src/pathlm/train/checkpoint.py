@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import logging
 
 from pathlm.config import RunError
+from pathlm.evaluate.checkpoint import no_progress_bars
 from pathlm.train import parallel
 from pathlm.train.state import State, random_state, restore_random_state, seed_everything
 
@@ -74,7 +72,7 @@ def _write(run: Path, target: Path, model: Any, weights: dict[str, Any], content
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        with _no_progress_bars():  # ours is on the screen
+        with no_progress_bars():  # ours is on the screen
             model.save_pretrained(hidden, state_dict=weights, max_shard_size="100TB")
         shutil.copymode(hidden / "config.json", hidden / "model.safetensors")  # safetensors lets nobody but the owner read
         if tokenizer is not None:
@@ -92,17 +90,6 @@ def _write(run: Path, target: Path, model: Any, weights: dict[str, Any], content
         _remove(target)
     os.replace(hidden, target)
     _flush(target.parent)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _flush(file: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pathlm.config import build_strict
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.modeling import BrianForCausalLM
 
@@ -66,11 +67,9 @@ def from_llama(
     fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
     if fields["rope_parameters"] is not None:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
-    from pathlm.models.library import configure
-
-    config = configure(BrianConfig, fields | {"pre_blocks": pre, "pool_blocks": pool_blocks, "post_blocks": post})
+    config = build_strict(BrianConfig, fields | {"pre_blocks": pre, "pool_blocks": pool_blocks, "post_blocks": post})
     with torch.device("meta"):
-        model = BrianForCausalLM(config)  # type: ignore[arg-type]
+        model = BrianForCausalLM(config)
     weights = brian_weights(llama.state_dict(), theirs.num_hidden_layers)
     return _filled(model, weights, llama)
 
