@@ -68,7 +68,7 @@ def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
     monkeypatch.setattr(loop, "step", step)
     result, shown = run()
     assert result["exit_code"] == 130
-    assert "The same command continues from here." in shown
+    assert "repeat the command that began it" in shown
     assert "evaluation" not in result
     stopped = result["training"].step
 

@@ -41,7 +41,7 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     with _phase(console, seconds, "2/4 training", f"the recipe {RECIPE!r} into {folder}"):
         result["training"] = _train(config, console)
     if result["training"].interrupted:
-        console.print("Stopped. The same command continues from here.", style="yellow")
+        console.print("Stopped. The demo needs no --resume: repeat the command that began it.", style="yellow")
         return result | {"exit_code": result["training"].exit_code}
     with _phase(console, seconds, "3/4 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
         result["evaluation"] = _evaluate(folder, console)

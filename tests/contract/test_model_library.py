@@ -20,7 +20,7 @@ from pathlm.models.brian.curriculum import curriculum
 from pathlm.models.brian.memory import SMALLEST, BrianCache
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.tracing import paths
-from pathlm.models.layers import rotary_frequencies, segment_positions
+from pathlm.models.layers import causal_mask, rotary_frequencies
 
 TINY: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.3}
 
@@ -175,8 +175,32 @@ def test_logits_are_kept_where_asked_and_embeddings_may_come_from_outside() -> N
 
 
 def test_positions_count_within_documents_and_not_over_padding() -> None:
-    rows = torch.tensor([[-1, -1, 0, 0, 0, 0], [0, 0, -1, -1, 0, 0], [5, 5, 2, 2, -1, 2], [-1, 3, 3, 9, 9, -1]])
-    assert segment_positions(rows)[rows >= 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 0, 1]
+    rows = torch.tensor([[-1, -1, 0, 0, 0, 0], [0, 0, -1, -1, 0, 0], [5, 5, 2, 2, -1, 2], [-1, 3, 3, 9, 9, -1], [0, 1, 0, 1, 1, 0]])
+    # The model reads positions off its mask: how many earlier tokens a token sees.
+    positions = causal_mask(rows.shape[1], rows)[:, 0].sum(-1) - 1
+    assert positions[rows >= 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 0, 1, 1, 2, 2]
+    # Left-padded with explicit positions equals counted ones.
+    model, ids = tiny(), torch.arange(6).expand(5, 6)
+    counted = model(ids, document_ids=rows).logits
+    torch.testing.assert_close(counted, model(ids, document_ids=rows, position_ids=positions).logits)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 2}], ids=str)
+def test_assisted_and_chunked_generation_equal_greedy_decoding(options) -> None:
+    model, ids = tiny(), torch.tensor([[1, 2, 3, 1, 2, 3, 1]])
+    if options.pop("assistant", False):
+        options = {"assistant_model": tiny()}
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    assert found.tolist() == plain.tolist()
+
+
+def test_a_memory_is_refused_while_blocks_are_recomputed() -> None:
+    model, ids = tiny().train(), torch.arange(6)[None]
+    memory = model(ids, use_cache=True).past_key_values
+    model.set_activation_checkpointing(True)
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(ids[:, :1], past_key_values=memory)
 
 
 def test_every_token_of_a_plain_decoder_takes_the_same_path() -> None:

@@ -175,3 +175,23 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path, corpus):
 def test_options_that_cannot_work_are_refused(trained, options, error, message):
     with pytest.raises(error, match=message):
         run(trained, **options)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no-such-device"])
+def test_a_device_that_is_not_here_is_named(device, tmp_path):
+    from pathlm.evaluate.checkpoint import open_model
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        open_model(tmp_path, device=device)
+
+
+def test_damaged_weights_are_named_with_their_folder(tmp_path):
+    from pathlm.evaluate.checkpoint import open_model
+    from pathlm.models.library import build, preset
+
+    build(preset("plain-tiny", vocab_size=32, hidden_size=16)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_model(tmp_path, device="cpu")

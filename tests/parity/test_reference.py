@@ -109,6 +109,18 @@ def test_the_loss_in_pieces_has_the_automatic_gradient(piece: int, monkeypatch: 
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_negative_label_other_than_the_ignored_one_is_an_error() -> None:
+    with pytest.raises(RuntimeError):
+        linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([1, -1]))
+
+
+def test_second_derivatives_of_hand_written_steps_are_refused_not_wrong() -> None:
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    (slope,) = torch.autograd.grad(RootMeanSquare.apply(x, weight, 1e-6).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_a_micro_batch_without_labels_costs_nothing_and_moves_nothing() -> None:
     mine = model()
     out = mine(torch.tensor([ROW]), labels=torch.full((1, 7), IGNORE))

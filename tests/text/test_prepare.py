@@ -238,3 +238,25 @@ def test_a_full_run_needs_no_more_open_files_than_it_closes(build: Build, texts:
     assert isinstance(corpus, Corpus)
     del corpus
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("harm", ["truncated", "gone", "changed"])
+def test_a_damaged_corpus_is_named_and_made_again_with_overwrite(build: Build, texts: Path, harm: str) -> None:
+    corpus = build(texts)
+    shard = corpus.folder / "train" / "00000.bin"
+    whole = shard.read_bytes()
+    damaged = {"truncated": whole[:-2], "changed": whole[:-1] + bytes([whole[-1] ^ 1])}
+    shard.unlink() if harm == "gone" else shard.write_bytes(damaged[harm])
+    if harm != "changed":  # a size is looked at every time, a hash where it is asked for
+        with pytest.raises(ValueError, match=r"train/00000\.bin"):
+            build(texts)
+    build(texts, overwrite=True)
+    assert shard.read_bytes() == whole
+
+
+def test_a_prepare_that_failed_before_its_first_document_does_not_hold_its_folder(tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    out = str(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="empty"):
+        prepare(prepare_config({"sources": [str(tmp_path / "empty.txt")], "out": out, "vocab_size": 300}))
+    assert prepare(prepare_config({"sources": [str(texts)], "out": out, "vocab_size": 300})).splits

@@ -231,3 +231,11 @@ def test_the_shipped_recipes_are_valid() -> None:
     for recipe in recipes:
         assert load_recipe(recipe).out == f"data/{recipe.stem.removeprefix('data-')}"
     assert prepare_config({"out": "x", "sources": ["sotu"]}).settings()["format"] == 1
+
+
+def test_a_damaged_gzip_file_is_named(build: Build, tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in sentences(0, 200).splitlines()))
+    for damage in (packed[:-20], packed[:40] + b"\xff" * 8 + packed[48:]):
+        (tmp_path / "t.jsonl.gz").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"t\.jsonl\.gz"):
+            build(tmp_path / "t.jsonl.gz")

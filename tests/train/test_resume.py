@@ -319,3 +319,16 @@ def test_checkpoints_without_a_record_are_left_alone(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"without run\.json"):
         go(config(tmp_path), resume=True)
+
+
+def test_best_points_to_the_best_checkpoint_again_after_a_kill_before_the_link(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / whole.name, symlinks=True)
+    checkpoints = tmp_path / whole.name / "checkpoints"
+    right, other = os.readlink(checkpoints / "best"), checkpoint.path(checkpoints, checkpoint.steps(checkpoints)[0]).name
+    if other == right:
+        other = checkpoint.path(checkpoints, checkpoint.steps(checkpoints)[-1]).name
+    assert other != right, "the run keeps two checkpoints"
+    (checkpoints / "best").unlink()
+    (checkpoints / "best").symlink_to(other)
+    checkpoint.clean(checkpoints)
+    assert os.readlink(checkpoints / "best") == right

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -45,15 +46,33 @@ def run_record(folder: Path | str) -> dict[str, Any]:
 
 
 def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, Any]:
-    """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation."""
+    """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation.
+
+    Raises `ValueError` for a folder without a model, damaged weights, and a `device` that is not here.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = find_checkpoint(folder)
-    with no_progress_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    where = _device(device)
+    try:
+        with no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
+    model = model.to(where).eval()
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return model, AutoTokenizer.from_pretrained(place, local_files_only=True) if has_tokenizer else None
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device of that name, by default a GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: torch knows no such device; try cpu or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: this machine and this build of torch offer {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def start_token(tokenizer: Any) -> int | None:

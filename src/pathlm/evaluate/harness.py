@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from pathlm.evaluate.checkpoint import evaluating, find_checkpoint, open_model, run_folder, start_token
-from pathlm.evaluate.choices import encode_pair, likelihoods
+from pathlm.evaluate.choices import encode_pair, likelihoods, read_questions
 from pathlm.evaluate.compare import note_result
 
 try:
@@ -133,8 +133,8 @@ def run(
     network. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a folder without a model or a tokenizer.
     """
     for task in tasks:
-        if _is_file(task) and not Path(str(task)).is_file():
-            raise FileNotFoundError(f"lm-eval task {str(task)!r}: there is no such file of questions")
+        if _is_file(task):
+            read_questions(str(task))
     place = find_checkpoint(model_folder)
     model, tokenizer = open_model(place, device=device)
     if tokenizer is None:
@@ -174,6 +174,11 @@ def evaluate(
     chosen = [choice_task(str(task)) if _is_file(task) else task for task in tasks]
     by_name = any(not isinstance(task, dict) for task in chosen)
     manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=by_name)
+    known = {*manager.all_tasks, *manager.all_groups, *manager.all_tags} if by_name else set()
+    if unknown := [task for task in chosen if isinstance(task, str) and task not in known]:
+        raise ValueError(
+            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, and a file of questions ends in .jsonl"
+        )
     found = simple_evaluate(
         model, tasks=chosen, num_fewshot=fewshot, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
     )

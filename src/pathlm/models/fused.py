@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Shapes: N tokens of all rows, B rows, T tokens, D width, H query heads, G key/value heads, K head width
 
@@ -28,6 +29,7 @@ class RootMeanSquare(torch.autograd.Function):
         return (x * scale).mul_(weight_D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return the gradients of `x` and of the weight."""
         (grad,) = grads
@@ -51,6 +53,7 @@ class SplitAndTurn(torch.autograd.Function):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Write the three gradients into one, turned back."""
         cos, sin = ctx.saved_tensors

@@ -148,17 +148,3 @@ def causal_mask(tokens: int, segment_BS: Int[Tensor, "b s"]) -> Bool[Tensor, "b 
     slot = torch.arange(segment_BS.shape[1], device=segment_BS.device)
     same = segment_BS[:, -tokens:, None] == segment_BS[:, None, :]
     return (same & (slot <= slot[-tokens:, None]))[:, None]
-
-
-def segment_positions(segment_BS: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-    """Count the tokens of each segment from 0; padding (-1) is not counted, wherever it stands."""
-    present = segment_BS >= 0
-    count = present.cumsum(-1)
-    slot = torch.arange(segment_BS.shape[1], device=segment_BS.device)
-    latest = torch.where(present, slot, 0).cummax(-1).values
-    owner = segment_BS.gather(-1, latest)  # the segment that padding interrupts or follows
-    begins = torch.ones_like(present)
-    begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
-    start = torch.where(begins, slot, 0).cummax(-1).values
-    before = count.gather(-1, start) - present.gather(-1, start).long()
-    return (count - before - 1).clamp(min=0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Shapes: N tokens, D width, V vocabulary
 
@@ -41,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 piece = slice(start, start + rows)
                 h, target = h_ND[piece].to(working), target_N[piece]
                 counted = (target != IGNORE)[:, None]
-                index = target.clamp(min=0)[:, None]
+                index = target[:, None].masked_fill(~counted, 0)  # any other negative label is an error of gather's
                 score = (h @ weight.T).to(precise)
                 score = score.log_softmax(-1)
                 total -= (score.gather(-1, index) * counted).sum()
@@ -57,6 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         dh_ND, dweight_VD = ctx.saved_tensors

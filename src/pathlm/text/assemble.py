@@ -227,7 +227,7 @@ def _describe_sources(journal: Journal, sources: Sequence[SourceConfig], splits:
 
 def remove_corpus(folder: Path) -> None:
     """Delete what `prepare` wrote into a folder, and nothing else."""
-    for name in (".work", "tokenizer", *SPLITS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("manifest.json", "inputs.json"):
+    for name in ("manifest.json", "inputs.json"):  # first: a corpus that is half removed must not look finished
         (folder / name).unlink(missing_ok=True)
+    for name in ("tokenizer", *SPLITS, ".work"):
+        shutil.rmtree(folder / name, ignore_errors=True)

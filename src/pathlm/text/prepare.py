@@ -17,6 +17,7 @@ from pathlm.config import find_recipe, override, shipped_recipes, with_options
 from pathlm.text import assemble, corpora
 from pathlm.text import tokenizers as tk
 from pathlm.text.collect import Report, collect
+from pathlm.text.corpus import Corpus
 from pathlm.text.encode import encode, spooled_text
 from pathlm.text.journal import Busy, Journal
 from pathlm.text.manifest import FILE, FORMAT, Manifest
@@ -190,6 +191,7 @@ def _enter(out: Path, settings: dict[str, Any], inputs: Any, *, overwrite: bool)
         manifest = Manifest.read(out)
         _refuse_differences(out, manifest.settings, settings)
         _refuse_changed_inputs(out, inputs)
+        Corpus.open(out, verify=overwrite)  # a damaged corpus is not a finished one
     except ValueError:
         if not overwrite:
             raise
@@ -205,8 +207,12 @@ def _journal(out: Path, settings: dict[str, Any], inputs: Any, *, overwrite: boo
     journal = None
     try:
         journal = Journal(out / ".work" / "journal.sqlite")
-        before = journal.get("settings", settings)
-        _refuse_differences(out, before, settings)
+        if journal.get("settings") is not None and next(journal.documents(), None) is None:
+            # An attempt that failed before its first document holds nothing to protect.
+            journal.close()
+            shutil.rmtree(out / ".work")
+            return _journal(out, settings, inputs, overwrite=overwrite)
+        _refuse_differences(out, journal.get("settings", settings), settings)
         if (listed := journal.get("inputs", inputs)) != inputs:
             raise ValueError(f"{out}: {_changed(listed, inputs)} since this preparation began; start again with overwrite")
     except Busy:

@@ -5,8 +5,9 @@ import glob
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,8 +184,14 @@ def _read_file(source: SourceConfig, name: str, file: Path) -> Iterator[Document
             yield Document(f"{name}:{number}", (text,))
 
 
-def _open(file: Path) -> Any:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """Open a file of bytes, unpacking .gz; damage to the packing is a `ValueError` that names the file."""
+    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+        try:
+            yield stream
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{file}: truncated or damaged gzip file ({error})") from error
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
@@ -223,7 +230,7 @@ def _read_jsonl(source: SourceConfig, name: str, file: Path) -> Iterator[Documen
                 row = json.loads(line.decode("utf-8")) if line.strip() else None
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: not UTF-8 at byte {position + error.start}, line {number} ({error.reason})") from error
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from error
             position += len(line)
             if row is not None:

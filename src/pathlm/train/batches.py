@@ -59,7 +59,7 @@ def read(rows: Any, start: int, count: int, share: Share, *, pin: bool = False) 
     for begin, size in share.slices(start, count):
         batch = rows.batch(begin if size else max(begin - 1, 0), size or 1)
         counted = targets(batch["labels"]) if size else 0
-        # A mean over no targets is not a number: a batch that counts nothing predicts its own tokens, with weight zero.
+        # Some models' mean over no targets is not a number: a batch that counts nothing predicts its own tokens, with weight zero.
         fed = batch if counted else batch | {"labels": batch["input_ids"]}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fed.items()}
         micro.append({name: value.pin_memory() for name, value in tensors.items()} if pin else tensors)

@@ -144,7 +144,10 @@ def clean(folder: Path) -> None:
             entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
     found = steps(folder)
     if found:
-        _link(folder, "latest", path(folder, found[-1]).name)
+        newest_one = path(folder, found[-1])
+        _link(folder, "latest", newest_one.name)
+        if (best := read(newest_one)["state"]["best_step"]) in found:
+            _link(folder, "best", path(folder, best).name)
 
 
 def read(target: Path) -> dict[str, Any]:

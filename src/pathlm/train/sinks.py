@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pathlm.config import RunConfig, RunError
 from pathlm.train.state import State
@@ -94,13 +95,14 @@ def screen(console: Console, config: RunConfig, *, start: int) -> Iterator[Sink]
         yield _lines(console, config)
         return
     columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        # Last, so that a narrow terminal cuts these and not the time left; the log has them all.
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(config.name, total=config.steps, completed=start, numbers="")
@@ -129,10 +131,10 @@ def _numbers(state: State, metrics: Mapping[str, float]) -> str:
     if VALIDATION in metrics:
         return f"validation {metrics[VALIDATION]:.4f}"
     parts = [f"loss {metrics.get('loss/lm', metrics['loss/total']):.4f}"]
+    parts.append(f"{metrics['time/tokens_per_s']:,.0f} tok/s")
     if state.last_validation is not None:
         parts.append(f"val {state.last_validation:.4f}")
     parts.append(f"lr {metrics['optim/lr']:.2e}")
-    parts.append(f"{metrics['time/tokens_per_s']:,.0f} tok/s")
     parts.append(f"{metrics['time/flops_utilisation']:.0%} of peak")
     parts.append(f"{metrics['memory/gib']:.2f} GiB")
     return "  ".join(parts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
 
@@ -15,7 +15,7 @@ from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.tracing import Trace
-from pathlm.models.layers import Block, ResidualLinear, RMSNorm, Rotary, causal_mask, segment_positions
+from pathlm.models.layers import Block, ResidualLinear, RMSNorm, Rotary, causal_mask
 from pathlm.models.losses import IGNORE, linear_cross_entropy
 from pathlm.models.output import PathOutput
 
@@ -86,6 +86,8 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = BrianCache(self.config.num_hidden_layers)
         past = _length(past_key_values)
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
         segment_BS = _segments(h_BTD, past, attention_mask, document_ids)
         h_BTD = self._run_blocks(h_BTD, segment_BS, position_ids, past_key_values, past)
         h_BTD = self.norm(h_BTD)
@@ -123,8 +125,17 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Let `generate` hand over no cache of its own: `forward` makes a `BrianCache`, which does not copy itself for every token."""
+        """Let `generate` hand over no cache of its own: a `BrianCache` does not copy itself for every token."""
         return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` a `BrianCache`, which assisted decoding wants to see before the first forward pass."""
+        wanted = generation_config.use_cache and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = BrianCache(self.config.num_hidden_layers)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,16 +159,14 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _run_blocks(self, h_BTD: Tensor, segment_BS: Tensor | None, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
         tokens = h_BTD.shape[1]
-        if position_ids is None:
-            if segment_BS is None:
-                position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None]
-            else:
-                position_ids = segment_positions(segment_BS)[:, -tokens:]
         mask = None
         if segment_BS is None and past and tokens > 1:
             segment_BS = torch.zeros(1, past + tokens, dtype=torch.long, device=h_BTD.device)
         if segment_BS is not None:
             mask = causal_mask(tokens, segment_BS)
+        if position_ids is None:
+            # A token's position is the number of tokens before it that it sees.
+            position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None] if mask is None else mask[:, 0].sum(-1) - 1
         rotary = self.rotary(position_ids, h_BTD.dtype)
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
