@@ -12,8 +12,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pathlm.config import RunConfig, with_options
+from pathlm.models.stages import Stage
 from pathlm.text.prepare import prepare, prepare_config
-from pathlm.train import start
+from pathlm.train import sinks, start
+from pathlm.train.state import State
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "pre_blocks": 1, "post_blocks": 1, "num_attention_heads": 2}
 
@@ -156,3 +158,16 @@ def test_activations_of_the_real_blocks_can_be_recomputed(tmp_path):
     plain = start(config(tmp_path / "a"), console=quiet())
     again = start(config(tmp_path / "b", activation_checkpointing=True), console=quiet())
     assert metrics(plain.folder) == metrics(again.folder)
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_a_narrow_terminal_keeps_the_bar_and_the_time_left(tmp_path, width):
+    numbers = {"loss/total": 2.7, "optim/lr": 1e-3, "time/tokens_per_s": 13_900.0, "time/flops_utilisation": 0.48, "memory/gib": 0.54}
+    with (tmp_path / "screen").open("w+") as file:
+        console = Console(file=file, width=width, force_terminal=True, color_system=None)
+        with sinks.screen(console, config(tmp_path, steps=2000), start=0) as sink:
+            sink(State(step=1234, tokens=5, last_validation=2.93), Stage("plain", None, None), numbers, None)
+        file.seek(0)
+        line = next(line for line in reversed(file.read().splitlines()) if "1234/2000" in line)
+    assert "left" in line and "loss 2.7000" in line and "━" in line
+    assert ("GiB" in line) == (width == 160)

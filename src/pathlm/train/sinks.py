@@ -101,8 +101,7 @@ def screen(console: Console, config: RunConfig, *, start: int) -> Iterator[Sink]
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        # Last, so that a narrow terminal cuts these and not the time left; the log has them all.
-        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(config.name, total=config.steps, completed=start, numbers="")
@@ -112,7 +111,10 @@ def screen(console: Console, config: RunConfig, *, start: int) -> Iterator[Sink]
                 best = " [green]best[/]" if state.best_step == state.step else ""
                 bar.console.print(f"step {state.step:>6}  {_numbers(state, metrics)}{best}", highlight=False)
                 return
-            bar.update(task, completed=state.step, description=f"{config.name} · {stage.name}", numbers=_numbers(state, metrics))
+            title = f"{config.name} · {stage.name}"
+            # A narrow terminal drops numbers from the end, never the bar or the time left; the log has them all.
+            room = console.width - len(title) - 2 * len(str(config.steps)) - 48
+            bar.update(task, completed=state.step, description=title, numbers=_numbers(state, metrics, room=room))
 
         yield sink
 
@@ -126,8 +128,8 @@ def _lines(console: Console, config: RunConfig) -> Sink:
     return sink
 
 
-def _numbers(state: State, metrics: Mapping[str, float]) -> str:
-    """Put the numbers a person watches into one line."""
+def _numbers(state: State, metrics: Mapping[str, float], *, room: int = 1000) -> str:
+    """Put the numbers a person watches into one line, the first of them that fit into `room` characters."""
     if VALIDATION in metrics:
         return f"validation {metrics[VALIDATION]:.4f}"
     parts = [f"loss {metrics.get('loss/lm', metrics['loss/total']):.4f}"]
@@ -137,4 +139,6 @@ def _numbers(state: State, metrics: Mapping[str, float]) -> str:
     parts.append(f"lr {metrics['optim/lr']:.2e}")
     parts.append(f"{metrics['time/flops_utilisation']:.0%} of peak")
     parts.append(f"{metrics['memory/gib']:.2f} GiB")
+    while len(parts) > 1 and len("  ".join(parts)) > room:
+        parts.pop()
     return "  ".join(parts)
