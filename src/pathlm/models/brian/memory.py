@@ -49,12 +49,12 @@ class BlockMemory(DynamicLayer):
         self.keys = self.values = self._buffers = None
         self._length, self.is_initialized = 0, False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget the last `-tokens_to_remove` tokens (a tensor in some versions of transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
         if self._buffers is not None:
-            self._show(max(self._length + tokens_to_remove, 0))
+            self._show(max(self._length + int(tokens_to_remove), 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order `beam_idx` (B',)."""
