@@ -41,7 +41,11 @@ def model(**options: Any) -> BrianForCausalLM:
     """A model whose norms do not round to float32, as Llama's do: the equation itself."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "pre_blocks": 1, "post_blocks": 1}
-    built = BrianForCausalLM(BrianConfig(**sizes | {"initializer_range": 0.4} | options)).double()
+    return precise(BrianForCausalLM(BrianConfig(**sizes | {"initializer_range": 0.4} | options)).double())
+
+
+def precise(built: Any) -> Any:
+    """Let norms be computed in float64, and have weights that are not one."""
     for module in built.modules():
         if isinstance(module, layers.RMSNorm):
             module.statistics = torch.float64
