@@ -93,7 +93,7 @@ class ResidualLinear(nn.Linear):
 class Block(nn.Module):
     """A Llama block: RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, with residual connections.
 
-    `qkv` and `finish` are the two halves around attention, so that a caller may decide what is attended.
+    `project` and `finish` are the two halves around attention, so that a caller may decide what is attended; `turn` belongs to both.
     """
 
     def __init__(self, config: Any) -> None:
@@ -109,24 +109,37 @@ class Block(nn.Module):
 
     def forward(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: Cache | None, index: int) -> Tensor:
         """Return the next hidden state (B, T, D). Appends keys and values to `memory` under this block's `index`."""
-        query, key, value = self.qkv(h_BTD, rotary)
+        query, key, value = self.turn(self.project(h_BTD), rotary)
         if memory is not None:
             key, value = memory.update(key, value, index)
-        return self.finish(h_BTD, attend(query, key, value, mask))
+        return self.finish(h_BTD, attend(query, key, value, mask).transpose(1, 2).flatten(2))
 
-    def qkv(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
-        qkv = self.qkv_proj(self.attention_norm(h_BTD)).unflatten(-1, (-1, self.width))
-        if by_hand(qkv):
-            return SplitAndTurn.apply(qkv, *rotary, self.heads)
-        turned = rotate(qkv[:, :, : self.heads + self.groups], *rotary).transpose(1, 2)
-        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, :, self.heads + self.groups :].transpose(1, 2)
+    def project(self, h: Tensor) -> Tensor:
+        """Return queries, keys and values of `h` (..., D) side by side, not yet turned (..., H + 2G, K)."""
+        return self.qkv_proj(self.attention_norm(h)).unflatten(-1, (-1, self.width))
 
-    def finish(self, h_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
-        """Add what attention read and what the MLP makes of it to `h_BTD`."""
-        h_BTD = h_BTD + self.out_proj(attended_BHTK.transpose(1, 2).flatten(2))
-        gate_BTF, up_BTF = self.gate_up_proj(self.mlp_norm(h_BTD)).chunk(2, dim=-1)
-        return h_BTD + self.down_proj(F.silu(gate_BTF) * up_BTF)
+    def turn(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return turned queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K), of `qkv` (B, T, H + 2G, K)."""
+        return turned(qkv, rotary, self.heads)
+
+    def finish(self, h: Tensor, read: Tensor) -> Tensor:
+        """Add what attention `read` (..., H · K) and what the MLP makes of it to `h` (..., D)."""
+        h = h + self.out_proj(read)
+        gate, up = self.gate_up_proj(self.mlp_norm(h)).chunk(2, dim=-1)
+        return h + self.down_proj(F.silu(gate) * up)
+
+
+class PoolBlock(Block):
+    """A block that tokens visit when their router says so. Its two halves are called, never the whole."""
+
+
+def turned(qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split `qkv` (B, T, H + 2G, K) and turn queries and keys by their positions; returns (B, H, T, K), (B, G, T, K), (B, G, T, K)."""
+    if by_hand(qkv):
+        return SplitAndTurn.apply(qkv, *rotary, heads)
+    groups = (qkv.shape[2] - heads) // 2
+    both = rotate(qkv[:, :, : heads + groups], *rotary).transpose(1, 2)
+    return both[:, :heads], both[:, heads:], qkv[:, :, heads + groups :].transpose(1, 2)
 
 
 def attend(

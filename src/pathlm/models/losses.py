@@ -20,6 +20,13 @@ PIECE = 2**20
 
 def linear_cross_entropy(h_ND: Float[Tensor, "n d"], weight_VD: Float[Tensor, "v d"], target_N: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Return the cross-entropy of `h @ weight.T` with the targets, summed over those that are not `IGNORE`, in at least float32."""
+    return _LinearCrossEntropy.apply(h_ND, weight_VD, target_N)[0]
+
+
+def linear_cross_entropies(
+    h_ND: Float[Tensor, "n d"], weight_VD: Float[Tensor, "v d"], target_N: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
+    """Return the sum as `linear_cross_entropy` does, and each token's part of it, which carries no gradient."""
     return _LinearCrossEntropy.apply(h_ND, weight_VD, target_N)
 
 
@@ -27,14 +34,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients together with the loss, while a piece of the scores is at hand."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         device = h_ND.device.type
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
         precise = torch.promote_types(working, torch.float32)
         weight = weight_VD.to(working)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=precise, device=h_ND.device)
+        loss_N = torch.empty(h_ND.shape[0], dtype=precise, device=h_ND.device)
         piece_size = PIECE if device == "cpu" and not torch.compiler.is_compiling() else 64 * PIECE
         rows = max(1, piece_size // weight.shape[0])
         with torch.autocast(device, enabled=False):
@@ -45,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 index = target[:, None].masked_fill(~counted, 0)  # any other negative label is an error of gather's
                 score = (h @ weight.T).to(precise)
                 score = score.log_softmax(-1)
-                total -= (score.gather(-1, index) * counted).sum()
+                loss_N[piece] = -(score.gather(-1, index) * counted)[:, 0]
                 if dh_ND is None and dweight_VD is None:
                     continue
                 slope = score.exp_().scatter_add_(-1, index, -torch.ones_like(score[:, :1])).to(working)
@@ -55,12 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dweight_VD += slope.T @ (h * counted)
         ctx.save_for_backward(dh_ND, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
+        grad = grads[0]
         dh_ND, dweight_VD = ctx.saved_tensors
         return (
             None if dh_ND is None else dh_ND * grad.to(dh_ND.dtype),

@@ -12,9 +12,11 @@ _HOMES = {
     "PRESETS": ("presets", "PRESETS"),
     "cache_numbers_per_token": ("presets", "cache_numbers_per_token"),
     "flops_per_token": ("presets", "flops_per_token"),
+    "Knobs": ("curriculum", "Knobs"),
     "curriculum": ("curriculum", "curriculum"),
     "param_groups": ("optim", "param_groups"),
     "paths": ("tracing", "paths"),
+    "start_from": ("convert", "start_from"),
 }
 __all__ = sorted(_HOMES)
 

@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+POSITIONS = ("arc", "circle", "random", "none")
+READERS = ("router", "blocks", "both")
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -31,7 +33,24 @@ class BrianConfig(PreTrainedConfig):
     post_blocks: int = 2
     """Ordinary blocks that every token visits last."""
     max_route_steps: int = 0
-    """How many pool blocks a token may visit."""
+    """How many pool blocks a token may visit; 0 exactly when the pool is empty."""
+    min_route_steps: int | None = None
+    """How many it must visit: at least 1, since its keys and values in the pool come from a visit. None means 1 where there is a pool."""
+    route_top_k: int = 1
+    """Blocks visited in one route step: 1, or 2 whose results are mixed by the router's weights. (`top_k` is sampling's.)"""
+    max_repeats: int = 0
+    """How often in a row a token may visit the same block; 0 is no limit."""
+    block_position: str = "arc"
+    """How places in the pool are written as vectors: `arc`, `circle`, `random` or `none`."""
+    block_position_dim: int = 64
+    block_position_to: str = "both"
+    """Who reads a token's position in the pool: the `router`, the `blocks`, or `both`."""
+    location_bias: float = 0.0
+    """Added to a block's score times the similarity of its position to the token's."""
+    router_hidden: int = 0
+    """Width of a second, non-linear layer of the router; 0 is a linear router."""
+    memory: str = "local"
+    """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits."""
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     """Heads that keys and values have; None means as many as queries have."""
@@ -57,6 +76,8 @@ class BrianConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.min_route_steps is None:
+            self.min_route_steps = min(self.max_route_steps, 1)
         super().__post_init__(**kwargs)
 
     @property
@@ -64,14 +85,23 @@ class BrianConfig(PreTrainedConfig):
         """How many blocks the model holds."""
         return self.pre_blocks + self.pool_blocks + self.post_blocks
 
+    @property
+    def router_sees_position(self) -> bool:
+        """Whether the router reads a token's position in the pool; otherwise it knows the number of the step."""
+        return self.block_position != "none" and self.block_position_to != "blocks"
+
+    @property
+    def blocks_see_position(self) -> bool:
+        """Whether blocks read a token's position in the pool."""
+        return self.block_position != "none" and self.block_position_to != "router"
+
     def validate_architecture(self) -> None:
         """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("pre_blocks", "pool_blocks", "post_blocks", "max_route_steps"):
+        for name in ("pre_blocks", "pool_blocks", "post_blocks", "max_route_steps", "max_repeats", "router_hidden"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("pool_blocks", "max_route_steps"):
-            _require(getattr(self, name) == 0, name, getattr(self, name), "routing is not available in this version, so it must be 0")
+        self._validate_pool()
         _require(self.num_hidden_layers >= 1, "pre_blocks", self.pre_blocks, "the model needs at least one block")
         self._validate_attention()
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, 'blocks are SwiGLU, so it must be "silu"')
@@ -80,6 +110,24 @@ class BrianConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id"):
             token = getattr(self, name)
             _require(token is None or 0 <= token < self.vocab_size, name, token, f"must lie in 0 … vocab_size - 1 = {self.vocab_size - 1}")
+
+    def _validate_pool(self) -> None:
+        """Check what is said about routes."""
+        blocks, longest, shortest = self.pool_blocks, self.max_route_steps, self.min_route_steps
+        rule = f"pool_blocks={blocks} needs at least 1" if blocks else "there are no pool blocks to visit; set pool_blocks, or 0"
+        _require((longest >= 1) == (blocks >= 1), "max_route_steps", longest, rule)
+        assert shortest is not None
+        rule = f"must lie in {min(longest, 1)} … max_route_steps={longest}"
+        _require(min(longest, 1) <= shortest <= longest, "min_route_steps", shortest, rule)
+        rule = f"must be 1, or 2 where pool_blocks={blocks} is at least 2"
+        _require(self.route_top_k == 1 or (self.route_top_k == 2 and blocks >= 2), "route_top_k", self.route_top_k, rule)
+        rule = f"needs more than route_top_k={self.route_top_k} pool blocks"
+        _require(not self.max_repeats or blocks > self.route_top_k, "max_repeats", self.max_repeats, rule)
+        for name, known in (("block_position", POSITIONS), ("block_position_to", READERS), ("memory", ("local",))):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        dim = self.block_position_dim
+        _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
+        _require(not self.location_bias or self.block_position != "none", "location_bias", self.location_bias, "needs a block_position")
 
     def _validate_attention(self) -> None:
         """Check heads and rotary positions."""

@@ -1,7 +1,11 @@
-"""Llama checkpoints as BRIAN models and back: the same weights under other names, two or three of Llama's matrices joined into one."""
+"""Llama checkpoints as BRIAN models and back: the same weights under other names, two or three of Llama's matrices joined into one.
+
+Wrapping turns some blocks of a trained decoder into a pool. The fresh router takes them in their old order, so nothing changes at first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pathlm.config import build_strict
+from pathlm.config import build_strict, override
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.modeling import BrianForCausalLM
 
@@ -25,6 +29,19 @@ JOINED = {
     "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+FITTING = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "tie_word_embeddings", "rope_parameters", "attention_bias", "mlp_bias",
+)  # fmt: skip
+"""Fields that weights depend on in every model."""
+POOL_FIELDS = (
+    "pre_blocks", "pool_blocks", "post_blocks", "block_position", "block_position_dim", "block_position_to", "router_hidden",
+)  # fmt: skip
+"""Fields that a routed model's weights depend on."""
+ROUTING_FIELDS = (
+    "max_route_steps", "min_route_steps", "route_top_k", "max_repeats", "location_bias", "memory", *POOL_FIELDS[3:],
+)  # fmt: skip
+"""Fields that say how a pool is used."""
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -53,11 +70,14 @@ def from_llama(
     pre_blocks: int | None = None,
     pool_blocks: int = 0,
     post_blocks: int | None = None,
+    routing: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> BrianForCausalLM:
     """Return a BRIAN model with the weights of a Llama model, given itself or as the folder it was saved in.
 
-    Layers that the three numbers leave over go to `pre_blocks`, or to `post_blocks` where `pre_blocks` is given.
+    Layers that the three numbers leave over go to `pre_blocks`, or to `post_blocks` where `pre_blocks` is given. With `pool_blocks` the
+    model is wrapped: its router takes the layers in their order until it is trained otherwise. `routing` are fields of `BrianConfig` that
+    say how; `max_route_steps` is as many as there are blocks in the pool unless given there.
     `options` go to `from_pretrained` when `source` is a folder. Logits are equal; dropout, which only training knows, is not carried over.
     Raises `ValueError` when `source` is not a Llama model or uses what a BRIAN block does not have.
     """
@@ -67,11 +87,62 @@ def from_llama(
     fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
     if fields["rope_parameters"] is not None:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
-    config = build_strict(BrianConfig, fields | {"pre_blocks": pre, "pool_blocks": pool_blocks, "post_blocks": post})
-    with torch.device("meta"):
-        model = BrianForCausalLM(config)
-    weights = brian_weights(llama.state_dict(), theirs.num_hidden_layers)
-    return _filled(model, weights, llama)
+    config = build_strict(BrianConfig, fields | _routing(routing, pre, pool_blocks, post))
+    return _with_pool(config, brian_weights(llama.state_dict(), theirs.num_hidden_layers), llama)
+
+
+def wrap(
+    source: BrianForCausalLM | LlamaForCausalLM | Path | str, *, pre_blocks: int, pool_blocks: int, post_blocks: int, **routing: Any
+) -> BrianForCausalLM:
+    """Return a plain decoder, ours or any Llama model, with `pool_blocks` of its blocks as a pool. Its logits are equal to the last bit.
+
+    The three numbers must add up to the decoder's blocks. `routing` are other fields of `BrianConfig`, such as `max_route_steps`.
+    Raises `ValueError` when they do not, or when `source` has a pool already.
+    """
+    if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
+        kind = _model_type(Path(source))
+        if kind not in ("brian", "llama"):
+            raise ValueError(f"folder={str(source)!r}: holds a {kind} model; only a plain decoder of ours or a Llama model can be wrapped")
+        source = BrianForCausalLM.from_pretrained(source) if kind == "brian" else _read(source, {})
+    theirs = source.config
+    if getattr(theirs, "pool_blocks", 0):
+        raise ValueError(f"pool_blocks={theirs.pool_blocks}: the model has a pool already; a plain decoder is wrapped once")
+    if pool_blocks < 1:
+        raise ValueError(f"pool_blocks={pool_blocks}: a pool needs at least one block")
+    if pre_blocks + pool_blocks + post_blocks != theirs.num_hidden_layers:
+        said = f"pre_blocks={pre_blocks}, pool_blocks={pool_blocks}, post_blocks={post_blocks}"
+        raise ValueError(f"{said}: must add up to the {theirs.num_hidden_layers} blocks of the model")
+    if isinstance(source, LlamaForCausalLM):
+        return from_llama(source, pre_blocks=pre_blocks, pool_blocks=pool_blocks, post_blocks=post_blocks, routing=routing)
+    fields = {name: getattr(theirs, name) for name in SHARED_FIELDS} | _routing(routing, pre_blocks, pool_blocks, post_blocks)
+    return _with_pool(build_strict(BrianConfig, fields), source.state_dict(), source)
+
+
+def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
+    """Return a model of this configuration with the weights saved in `folder`: of the same architecture, or a decoder to wrap.
+
+    Options that hold no weights may differ: how many route steps there are, how many blocks a step visits, how often one may be repeated.
+    Raises `ValueError` naming the first field that does not fit.
+    """
+    kind = _model_type(Path(folder))
+    if kind not in ("brian", "llama"):
+        raise ValueError(f"init={str(folder)!r}: holds a {kind} model; BRIAN starts from a BRIAN or a Llama model")
+    source = BrianForCausalLM.from_pretrained(folder) if kind == "brian" else _read(folder, {})
+    theirs = source.config
+    pool = getattr(theirs, "pool_blocks", 0)
+    if config.num_hidden_layers != theirs.num_hidden_layers:
+        said = f"pre_blocks={config.pre_blocks}, pool_blocks={config.pool_blocks}, post_blocks={config.post_blocks}"
+        raise ValueError(f"model: {said} must add up to the {theirs.num_hidden_layers} blocks of init={str(folder)!r}")
+    fixed = FITTING + (POOL_FIELDS if pool else ())
+    for name in fixed:
+        mine, its = getattr(config, name), getattr(theirs, name)
+        if mine != its:
+            raise ValueError(f"model.{name}={mine!r}: init={str(folder)!r} has {its!r}, and its weights fit no other")
+    weights = source.state_dict() if kind == "brian" else brian_weights(source.state_dict(), theirs.num_hidden_layers)
+    if pool and not config.router_sees_position and config.max_route_steps != theirs.max_route_steps:
+        rule = f"init={str(folder)!r} has {theirs.max_route_steps}, and its router knows each step by its number"
+        raise ValueError(f"model.max_route_steps={config.max_route_steps}: {rule}")
+    return _with_pool(config, weights, source)
 
 
 def to_llama(model: BrianForCausalLM) -> LlamaForCausalLM:
@@ -86,24 +157,47 @@ def to_llama(model: BrianForCausalLM) -> LlamaForCausalLM:
     return _filled(llama, llama_weights(model.state_dict(), config), model)
 
 
-def convert(folder: Path | str, out: Path | str, *, to: Literal["brian", "llama"]) -> Path:
+def convert(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["brian", "llama"] = "brian",
+    wrap_as: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
     """Read the model and tokenizer in `folder`, convert the model, write both to `out` and return it: the body of `pathlm convert`.
 
-    Raises `ValueError` when `folder` holds no model of the other kind, or when `out` already holds a model.
+    `wrap_as`, for instance `"2/8/2"`, turns a plain decoder of either kind into a routed model with so many blocks before, in and after the
+    pool; `overrides` such as `max_route_steps=12` then set other fields of the configuration. Raises `ValueError` when `folder` holds no
+    model of the right kind, or when `out` already holds a model.
     """
     source, target = Path(folder), Path(out)
     if to not in ("brian", "llama"):
         raise ValueError(f"to={to!r}: must be brian or llama")
     if (target / "config.json").exists():
         raise ValueError(f"out={str(target)!r}: already holds a model; name a new folder")
+    source = checkpoint_in(source)
     kind = _model_type(source)
-    if kind != ("llama" if to == "brian" else "brian"):
+    if wrap_as is not None:
+        if to != "brian":
+            raise ValueError(f"to={to!r}: --wrap makes a BRIAN model")
+        model: Any = wrap(source, **_numbers(wrap_as), **_table(overrides))
+    elif overrides:
+        raise ValueError(f"--set {overrides[0]!r}: sets fields of a wrapped model; give --wrap as well")
+    elif kind != ("llama" if to == "brian" else "brian"):
         raise ValueError(f"folder={str(source)!r}: holds a {kind} model, which cannot become {to}")
-    model = from_llama(source) if to == "brian" else to_llama(BrianForCausalLM.from_pretrained(source))
+    else:
+        model = from_llama(source) if to == "brian" else to_llama(BrianForCausalLM.from_pretrained(source))
     model.save_pretrained(target)
     if (source / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return target
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Return the best checkpoint of a run's folder, or the folder itself where it is no run."""
+    run = folder / "checkpoints"
+    return next((run / name for name in ("best", "latest") if (run / name / "config.json").is_file()), folder)
 
 
 def brian_weights(llama: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -140,11 +234,23 @@ def llama_weights(brian: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
     return weights
 
 
+def _with_pool(config: BrianConfig, weights: dict[str, Tensor], origin: Any) -> BrianForCausalLM:
+    """Return a model of `config` with these weights; what they lack of a pool is fresh."""
+    with torch.device("meta"):
+        model = BrianForCausalLM(config)
+    return _filled(model, weights, origin)
+
+
 def _filled(model: Any, weights: dict[str, Tensor], origin: Any) -> Any:
     """Put copies of `weights` into `model`, made on the meta device, and take over what else `origin` is set to."""
     dtype, device = origin.lm_head.weight.dtype, origin.lm_head.weight.device
     model = model.to(dtype).to_empty(device=device)
-    model.load_state_dict(weights)
+    pool = getattr(model, "pool", None)
+    if pool is not None:
+        pool.reset()
+    found = model.load_state_dict(weights, strict=False)
+    missing = [name for name in found.missing_keys if not (name.startswith("pool.") and pool is not None)]
+    assert not found.unexpected_keys and not missing, (found, "weights of another model")
     model.tie_weights()
     for name, module in model.named_modules():  # Llama's rotary buffers are not saved, and empty now
         if hasattr(module, "inv_freq"):
@@ -153,6 +259,30 @@ def _filled(model: Any, weights: dict[str, Tensor], origin: Any) -> Any:
     model.generation_config = origin.generation_config
     model.config.dtype = dtype
     return model.train(origin.training)
+
+
+def _routing(routing: Mapping[str, Any] | None, pre: int, pool: int, post: int) -> dict[str, Any]:
+    """Return the fields of a configuration that say how the pool is used, refusing those that say something else."""
+    numbers = {"pre_blocks": pre, "pool_blocks": pool, "post_blocks": post}
+    given = dict(routing or {})
+    if unknown := sorted(given.keys() - set(ROUTING_FIELDS)):
+        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r}: is no option of a pool; these are {', '.join(ROUTING_FIELDS)}")
+    return numbers | {"max_route_steps": pool} | given
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """Read `2/8/2`."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"wrap={text!r}: must be three numbers of blocks, before, in and after the pool, such as 2/8/2")
+    return dict(zip(("pre_blocks", "pool_blocks", "post_blocks"), map(int, parts), strict=True))
+
+
+def _table(overrides: Sequence[str]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for text in overrides:
+        override(table, text)
+    return table
 
 
 def _read(folder: Path | str, options: dict[str, Any]) -> LlamaForCausalLM:

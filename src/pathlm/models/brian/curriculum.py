@@ -1,21 +1,183 @@
-"""What changes while a BRIAN model trains. A plain decoder has one stage and nothing to change."""
+"""What changes while a BRIAN model trains: the knobs, and the stages 0 to 4 as rows of knobs with the gates they must pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
-from pathlm.models.stages import Curriculum, Stage
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.stages import Curriculum, Gate, Stage
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """The values that a stage sets for each step."""
+    """The values that a stage sets for each step. As they stand here, the router is in charge and nothing is taught beside the text.
+
+    Weights of losses are 0 where the loss is off; it is then not computed either.
+    """
+
+    router_share: float = 1.0
+    """Share of tokens that the router drives; the others follow the teacher. In evaluation any share above 0 means all."""
+    pseudo: float = 0.0
+    """Share of rows whose teacher is a pseudo route (skip, recur or straight, by the token's difficulty); elsewhere it is B1 … Bm, OUT."""
+    exit_share: float = 1.0
+    """Share of rows in which the router may let tokens leave before the last step. In evaluation any share above 0 means all."""
+    budget: float | None = None
+    """Route steps that tokens are to take on average, as a share of `max_route_steps`; None leaves the thresholds as they are."""
+    budget_spread: float = 0.0
+    """Rows draw their budget evenly from `budget` ± this, so that one model learns them all."""
+    top_k: int | None = None
+    """Blocks per step, at most the configuration's `route_top_k`, which None means."""
+    gate: float = 0.0
+    """Strength of the gradient that a visited block's probability gets from the unit-forward gate."""
+    other_share: float = 0.0
+    """Share of visits beside which another legal block is run as well, for its probability's gradient."""
+    noise: float = 0.0
+    """Standard deviation of the noise on scores, in training."""
+    random_share: float = 0.0
+    """Share of choices that are drawn evenly instead, in training."""
+    probe_share: float = 0.0
+    """Share of tokens that stay to the end in training, so that the loss after each of their steps can be measured."""
+    threshold_rate: float = 0.05
+    """How fast the exit's thresholds follow the quantiles of the newest batch."""
+    difficulty_rate: float = 0.0
+    """How much of the table of losses by token is forgotten in each batch; 0 leaves the table as it is."""
+    load_bias_rate: float = 0.0
+    """How far a block's load bias moves per batch towards an even load."""
+    imitation: float = 0.0
+    """Weight of the cross-entropy between the router and the teacher, on tokens that follow the teacher."""
+    balance: float = 0.0
+    selected_balance: float = 0.0
+    coverage: float = 0.0
+    cost: float = 0.0
+    location: float = 0.0
+    diversity: float = 0.0
+    exit: float = 0.0
+    """Weight of the regression of the measured gain."""
+    exit_boundary: float = 0.0
+    exit_min_step: int = 2
+    """The exit-boundary loss holds p(OUT) down before this step."""
+    z: float = 0.0
 
 
-def curriculum(name: str, steps: int) -> Curriculum:
-    """Return the curriculum `name` for a run of `steps` optimizer steps. Raises `ValueError` for a name that does not exist."""
+BASELINE = Knobs(router_share=0.0, exit_share=0.0, difficulty_rate=0.01)
+WRAPPED = replace(BASELINE, imitation=1.0)
+PSEUDO = replace(WRAPPED, pseudo=0.5, difficulty_rate=0.0)
+EXPLORING = Knobs(
+    router_share=0.1, exit_share=0.0, imitation=1.0, gate=0.1, other_share=0.0, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-4
+)
+FREE = replace(EXPLORING, router_share=1.0, imitation=0.05, gate=1.0, noise=0.0, random_share=0.0)
+LEAVING = Knobs(exit_share=0.5, budget=0.65, budget_spread=0.35, gate=1.0, probe_share=0.1, exit=1.0, load_bias_rate=0.001, z=1e-4)
+LEFT = replace(LEAVING, exit_share=1.0)
+
+LEARNED = "give the stage more steps, or a larger optim.lr"
+STAGES = (
+    Stage("baseline", None, BASELINE),
+    Stage(
+        "wrapped",
+        None,
+        WRAPPED,
+        gates=(Gate("validation/route/imitation", ">=", 0.98, "the router must know the original path before it may follow it", LEARNED),),
+    ),
+    Stage(
+        "pseudo-routes",
+        None,
+        PSEUDO,
+        gates=(
+            Gate("validation/route/imitation", ">=", 0.95, "the router must be able to follow any path it is shown", LEARNED),
+            Gate("validation/route/load_min", ">=", 0.2, "no block may starve", "lower knobs.pseudo"),
+        ),
+    ),
+    Stage(
+        "hand-over",
+        None,
+        EXPLORING,
+        FREE,
+        gates=(
+            Gate(
+                "validation/loss",
+                "<=",
+                0.1,
+                "free routes must not cost the loss",
+                "give the stage more steps, or less noise",
+                relative=True,
+            ),
+            Gate(
+                "validation/route/load_entropy", ">=", 0.6, "the blocks must share the work", "raise knobs.load_bias_rate or knobs.balance"
+            ),
+        ),
+    ),
+    Stage(
+        "exit",
+        None,
+        LEAVING,
+        LEFT,
+        gates=(
+            Gate("validation/route/steps_error", "<=", 0.15, "tokens must take as many steps as the budget says", LEARNED),
+            Gate("validation/route/leave_first", "<=", 0.95, "leaving must not always happen at once", "raise knobs.budget"),
+            Gate(
+                "validation/route/load_entropy", ">=", 0.6, "the blocks must share the work", "raise knobs.load_bias_rate or knobs.balance"
+            ),
+            Gate("validation/route/difficulty_correlation", ">=", 0.0, "harder tokens must go deeper", "raise knobs.exit"),
+        ),
+    ),
+)
+"""One row per stage. How long each lasts is the curriculum's matter."""
+SHARES = {"default": (0.35, 0.05, 0.1, 0.15, 0.35), "route": (0.0, 0.08, 0.12, 0.3, 0.5)}
+"""Parts of a run's steps that each stage gets."""
+
+
+def curriculum(
+    name: str,
+    steps: int,
+    *,
+    knobs: Mapping[str, Any] | None = None,
+    config: BrianConfig | None = None,
+    stages: Mapping[str, float] | None = None,
+) -> Curriculum:
+    """Return the curriculum `name` for a run of `steps` optimizer steps.
+
+    A plain decoder has `default` alone, also called `plain`. A model with a pool has `default` (stages 0 to 4), `route` (1 to 4, for one
+    that was wrapped), `fixed` (the original path for ever) and `stage-0` … `stage-4`. `knobs` replace values in every stage (`"noise"`), or
+    in one (`"hand-over.noise"`); `stages` the parts of the run that stages get. Raises `ValueError` for names that do not exist.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
-    if name not in ("default", "plain"):
-        raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
-    return Curriculum((Stage("plain", steps=None, start=Knobs()),))
+    pool = config is not None and config.pool_blocks > 0
+    if not pool:
+        if name not in ("default", "plain"):
+            raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
+        rows: tuple[Stage, ...] = (Stage("plain", steps=None, start=Knobs()),)
+    elif name in SHARES:
+        rows = _timed(dict(zip((s.name for s in STAGES), SHARES[name], strict=True)) | dict(_known_stages(stages or {})), steps)
+    elif name == "fixed":
+        rows = (replace(STAGES[0], name="fixed"),)
+    elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
+        rows = (STAGES[known.index(name)],)
+    else:
+        raise ValueError(f"curriculum={name!r}: there are {', '.join([*SHARES, 'fixed', *known])}")
+    return Curriculum(rows).with_knobs(knobs or {})
+
+
+def _known_stages(parts: Mapping[str, float]) -> Mapping[str, float]:
+    names = [stage.name for stage in STAGES]
+    for name, part in parts.items():
+        if name not in names or part < 0:
+            raise ValueError(f"stages.{name}={part}: stages are {', '.join(names)}, their parts not negative")
+    return parts
+
+
+def _timed(parts: dict[str, float], steps: int) -> tuple[Stage, ...]:
+    """Give each stage its part of the run, leaving out those that have none; the last is open-ended."""
+    kept = [stage for stage in STAGES if parts[stage.name] > 0]
+    total = sum(parts[stage.name] for stage in kept)
+    if not kept or steps < len(kept):
+        raise ValueError(f"steps={steps}: {len(kept)} stages need a step each")
+    edges, done = [0], 0.0
+    for number, stage in enumerate(kept, start=1):
+        done += parts[stage.name]
+        edges.append(min(max(round(steps * done / total), edges[-1] + 1), steps - len(kept) + number))
+    spans = [b - a for a, b in pairwise(edges)]
+    return (*(replace(stage, steps=span) for stage, span in zip(kept[:-1], spans, strict=False)), replace(kept[-1], steps=spans[-1]))

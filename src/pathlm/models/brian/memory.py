@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pathlm.models.brian.configuration import BrianConfig
+
 # Shapes: B rows, H key/value heads, T new tokens, S tokens in all, C capacity, K head width
+# In a pool: G heads of one version, R versions, n single tokens
 
 SMALLEST = 64
 """Tokens a new buffer has room for at least."""
@@ -104,11 +107,57 @@ class BlockMemory(DynamicLayer):
         return self.keys, self.values
 
 
-class BrianCache(Cache):
-    """The memory of every block, as transformers' `Cache`: `model(..., use_cache=True)` makes one when it is given none."""
+class PoolMemory(BlockMemory):
+    """The table of a pool: for every token one row of keys and values per route step, as it was after that step.
 
-    def __init__(self, blocks: int) -> None:
-        super().__init__(layers=[BlockMemory() for _ in range(blocks)])
+    A visit at step r writes the versions r and later, so a token that leaves is seen by later steps with its last row. Version r lies in
+    the heads r · G … (r + 1) · G - 1 of `keys` and `values` (B, R · G, S, K).
+    """
+
+    def __init__(self, versions: int) -> None:
+        super().__init__()
+        self.versions = versions
+
+    def extend(self, key_BGTK: Tensor) -> None:
+        """Make room for T more tokens, whose rows the steps then write; `key_BGTK` says how rows look."""
+        batch, groups, tokens, width = key_BGTK.shape
+        stop = self._length + tokens
+        like = key_BGTK.new_empty(()).expand(batch, self.versions * groups, tokens, width)
+        self._room_for(like, like, stop)
+        self._show(stop)
+
+    def write(self, step: int, key_BGTK: Tensor, value_BGTK: Tensor) -> None:
+        """Write the rows of the newest T tokens."""
+        tokens = key_BGTK.shape[2]
+        for buffer, rows in zip(self._by_version(key_BGTK.shape[1]), (key_BGTK, value_BGTK), strict=True):
+            buffer[:, step:, :, self._length - tokens : self._length] = rows[:, None]
+
+    def write_some(self, step: int, row_n: Tensor, slot_n: Tensor, key_nGK: Tensor, value_nGK: Tensor) -> None:
+        """Write the rows of single tokens, each given by its place (batch row, token)."""
+        for buffer, rows in zip(self._by_version(key_nGK.shape[1]), (key_nGK, value_nGK), strict=True):
+            buffer[row_n, step:, :, slot_n] = rows[:, None]
+
+    def version(self, step: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, G, S, K) as they are after step `step`."""
+        assert self.keys is not None and self.values is not None
+        heads = slice(step * groups, (step + 1) * groups)
+        return self.keys[:, heads], self.values[:, heads]
+
+    def _by_version(self, groups: int) -> tuple[Tensor, ...]:
+        assert self._buffers is not None
+        return tuple(buffer.unflatten(1, (self.versions, groups)) for buffer in self._buffers)
+
+
+class BrianCache(Cache):
+    """The memory of every block, as transformers' `Cache`: `model(..., use_cache=True)` makes one when it is given none.
+
+    The layers are those of the blocks before the pool, of the pool where there is one, and of the blocks after it.
+    """
+
+    def __init__(self, config: BrianConfig) -> None:
+        pool = [PoolMemory(config.max_route_steps)] if config.pool_blocks else []
+        before, after = ([BlockMemory() for _ in range(count)] for count in (config.pre_blocks, config.post_blocks))
+        super().__init__(layers=[*before, *pool, *after])
 
     def bytes(self) -> int:
         """Return how many bytes the remembered keys and values take, without spare room."""

@@ -1,4 +1,4 @@
-"""The BRIAN model. With an empty pool it is a plain Llama decoder, and its logits are Llama's."""
+"""The BRIAN model: blocks, a pool that tokens find their own way through, blocks. With an empty pool its logits are Llama's."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from transformers.cache_utils import Cache, StaticCache
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
+from pathlm.models.brian.routing import RoutePool, Router
 from pathlm.models.brian.tracing import Trace
-from pathlm.models.layers import Block, ResidualLinear, RMSNorm, Rotary, causal_mask
-from pathlm.models.losses import IGNORE, linear_cross_entropy
+from pathlm.models.brian.travel import Journey, travel
+from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary, causal_mask
+from pathlm.models.losses import IGNORE, linear_cross_entropies
 from pathlm.models.output import PathOutput
 
 # Shapes: B rows, T new tokens, P tokens in memory, S = P + T, D width, V vocabulary
 
 
 class BrianForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose tokens move through blocks; today all of them, in order."""
+    """A causal language model whose tokens move through blocks: first and last in order, in between as their router says."""
 
     config: BrianConfig
     config_class = BrianConfig
@@ -35,7 +37,9 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: BrianConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        pool = range(config.pre_blocks, config.pre_blocks + config.pool_blocks)
+        self.blocks = nn.ModuleList((PoolBlock if i in pool else Block)(config) for i in range(config.num_hidden_layers))
+        self.pool = RoutePool(config) if config.pool_blocks else None
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
@@ -57,6 +61,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         trace: bool = False,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        budget: float | None = None,
         **kwargs: Any,
     ) -> PathOutput:
         """Read T tokens after the P tokens in memory; return logits (B, T, V), and the loss where there are `labels`.
@@ -71,10 +76,11 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Whether to return a memory; by default the configuration's word, and not while there are labels.
             document_ids: (B, P + T); tokens see their own document only. -1 is padding.
             logits_to_keep: Compute logits for the last so many places, or for these places; 0 is all.
-            knobs: The curriculum's values at this step. A plain decoder has none.
+            knobs: The curriculum's values at this step; by default the router is in charge. A plain decoder has none.
             trace: Whether to return the paths of the tokens.
             skip_logits: With labels, compute the loss in pieces and return no logits.
             num_items_in_batch: Divide the summed loss by this instead of by the number of labels (the stock Trainer's protocol).
+            budget: Route steps tokens may take on average, as a share of `max_route_steps`; by default what was trained last.
             kwargs: Ignored, as transformers passes switches of its own.
 
         Raises:
@@ -84,18 +90,20 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = BrianCache(self.config.num_hidden_layers)
+            past_key_values = BrianCache(self.config)
         past = _length(past_key_values)
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
-        segment_BS = _segments(h_BTD, past, attention_mask, document_ids)
-        h_BTD = self._run_blocks(h_BTD, segment_BS, position_ids, past_key_values, past)
+        self._check_budget(budget)
+        target_BT = None if labels is None else _next_labels(labels, h_BTD.shape[:2])
+        journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace)
+        h_BTD = self._run_blocks(h_BTD, journey, position_ids, past_key_values, past)
         h_BTD = self.norm(h_BTD)
 
-        loss, metrics = None, {}
-        if labels is not None:
-            loss = self._loss(h_BTD, labels, num_items_in_batch)
-            metrics["loss/lm"] = loss.detach()
+        loss: Tensor | None = None
+        metrics: dict[str, Tensor] = {}
+        if target_BT is not None:
+            loss, metrics = self._loss(h_BTD, target_BT, num_items_in_batch, journey)
         logits_BTV = None
         if not (skip_logits and labels is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -105,7 +113,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits_BTV,
             past_key_values=past_key_values,
             metrics=metrics,
-            trace=self._trace(input_ids, h_BTD, segment_BS) if trace else None,
+            trace=self._trace(journey, h_BTD) if trace else None,
         )
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -134,7 +142,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` a `BrianCache`, which assisted decoding wants to see before the first forward pass."""
         wanted = generation_config.use_cache and generation_config.cache_implementation is None
         if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = BrianCache(self.config.num_hidden_layers)
+            model_kwargs["past_key_values"] = BrianCache(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -143,7 +151,11 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         std = self.config.initializer_range
         if isinstance(module, ResidualLinear):
             std /= (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, Rotary):
+        if isinstance(module, RoutePool):
+            module.reset()  # the router's and adapters' weights, too
+        elif isinstance(module, Router):
+            pass
+        elif isinstance(module, Rotary):
             module.refresh()
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
@@ -157,8 +169,15 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _run_blocks(self, h_BTD: Tensor, segment_BS: Tensor | None, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
-        tokens = h_BTD.shape[1]
+    def _check_budget(self, budget: float | None) -> None:
+        if budget is None:
+            return
+        if self.pool is None:
+            raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
+        self.pool.check_budget(budget)
+
+    def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
+        tokens, segment_BS = h_BTD.shape[1], journey.segment_BS
         mask = None
         if segment_BS is None and past and tokens > 1:
             segment_BS = torch.zeros(1, past + tokens, dtype=torch.long, device=h_BTD.device)
@@ -168,26 +187,52 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             # A token's position is the number of tokens before it that it sees.
             position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None] if mask is None else mask[:, 0].sum(-1) - 1
         rotary = self.rotary(position_ids, h_BTD.dtype)
+        recompute = self.gradient_checkpointing and self.training
+        pool = self.config.pool_blocks
+        layer = 0
         for index, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and self.training:
-                h_BTD = checkpoint(block, h_BTD, rotary, mask, None, index, use_reentrant=False)
+            if isinstance(block, PoolBlock):
+                if index == self.config.pre_blocks:
+                    h_BTD = travel(self, h_BTD, journey, rotary, mask, memory, recompute=recompute)
+                    layer += 1
+                continue
+            if pool and index >= self.config.pre_blocks:
+                journey.after_pool.append(h_BTD.detach())
+            if recompute:
+                h_BTD = checkpoint(block, h_BTD, rotary, mask, None, layer, use_reentrant=False)
             else:
-                h_BTD = block(h_BTD, rotary, mask, memory, index)
+                h_BTD = block(h_BTD, rotary, mask, memory, layer)
+            layer += 1
+        journey.mask, journey.rotary = mask, rotary
         return h_BTD
 
-    def _loss(self, h_BTD: Tensor, labels_BT: Tensor, count: Tensor | int | None) -> Tensor:
-        if labels_BT.shape != h_BTD.shape[:2]:
-            raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(h_BTD.shape[:2])}, one label per token")
-        target_BT = torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
+    def _loss(self, h_BTD: Tensor, target_BT: Tensor, count: Tensor | int | None, journey: Journey) -> tuple[Tensor, dict[str, Tensor]]:
         if count is None:
             count = (target_BT != IGNORE).sum().clamp(min=1)  # without a counted label the loss is 0, not 0 ÷ 0
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.lm_head.weight, target_BT.flatten()) / count
+        total, loss_N = linear_cross_entropies(h_BTD.flatten(0, 1), self.lm_head.weight, target_BT.flatten())
+        loss = total / count
+        metrics = {"loss/lm": loss.detach()}
+        if self.pool is None:
+            return loss, metrics
+        extra, found = journey.lessons(self, loss_N)
+        return loss + extra.to(loss.dtype), metrics | found
 
-    def _trace(self, input_ids: Tensor | None, h_BTD: Tensor, segment_BS: Tensor | None) -> Trace:
+    def _trace(self, journey: Journey, h_BTD: Tensor) -> Trace:
+        input_ids = journey.input_ids
         if input_ids is None:
             raise ValueError("trace=True needs input_ids, since a path names its token")
+        segment_BS = journey.segment_BS
         present = torch.ones_like(input_ids, dtype=torch.bool) if segment_BS is None else segment_BS[:, -input_ids.shape[1] :] >= 0
-        return Trace.fixed(input_ids, present, self.config.num_hidden_layers)
+        if self.pool is None:
+            return Trace.fixed(input_ids, present, self.config.num_hidden_layers)
+        return Trace.routed(input_ids, present, self.config, journey.records, journey.threshold, self.pool.gain_scale)
+
+
+def _next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
+    """Return the label of every token's successor; the last has none."""
+    if labels_BT.shape != shape:
+        raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
+    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
 
 
 def _length(memory: Cache | None) -> int:

@@ -13,6 +13,15 @@ def _plain(width: int, *, blocks: tuple[int, int], heads: int, hidden: int, **ot
     return sizes | {"pre_blocks": blocks[0], "pool_blocks": 0, "post_blocks": blocks[1], "max_route_steps": 0} | others
 
 
+def _routed(
+    width: int, *, blocks: tuple[int, int, int], heads: int, hidden: int, steps: int, position: int, **others: Any
+) -> dict[str, Any]:
+    """Return the fields of a routed model, whose plain baseline has as many blocks."""
+    pre, pool, post = blocks
+    pool_fields = {"pool_blocks": pool, "max_route_steps": steps, "block_position_dim": position}
+    return _plain(width, blocks=(pre, post), heads=heads, hidden=hidden, **others) | pool_fields
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores.
     "plain-tiny": _plain(128, blocks=(2, 2), heads=4, hidden=352, vocab_size=4_096, max_position_embeddings=512, tie_word_embeddings=True),
@@ -20,22 +29,45 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plain-125m": _plain(768, blocks=(10, 2), heads=12, hidden=2_048),
     "plain-350m": _plain(960, blocks=(20, 4), heads=16, hidden=2_560),
     "plain-1b": _plain(1_536, blocks=(28, 4), heads=24, hidden=4_096),
+    # Each with as many blocks as its plain baseline, some of them in a pool.
+    "brian-tiny": _routed(
+        128,
+        blocks=(1, 4, 1),
+        heads=4,
+        hidden=352,
+        steps=4,
+        position=16,
+        vocab_size=4_096,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+    "brian-r125": _routed(768, blocks=(2, 8, 2), heads=12, hidden=2_048, steps=8, position=64),
+    "brian-r350": _routed(960, blocks=(4, 16, 4), heads=16, hidden=2_560, steps=16, position=128),
+    "brian-r1b": _routed(1_536, blocks=(4, 24, 4), heads=24, hidden=4_096, steps=24, position=128),
 }
 
 
 def flops_per_token(config: BrianConfig, length: int) -> float:
     """Return the operations (two per multiply-add) of a forward pass per token, averaged over rows of `length` tokens.
 
-    Counts matrix products: projections, causal attention over (length + 1) / 2 tokens on average, and the head. The embedding is a look-up.
+    Counts matrix products: projections, causal attention over (length + 1) / 2 tokens on average, the router, and the head. The embedding
+    is a look-up. In a pool every token is taken to use all its route steps; one that leaves early costs less.
     """
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, groups, width, pool = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.pool_blocks
     assert groups is not None and width is not None
     projections = config.hidden_size * (2 * heads + 2 * groups) * width + 3 * config.hidden_size * config.intermediate_size
     attention = 2 * heads * width * (length + 1) / 2
-    return 2 * (config.num_hidden_layers * (projections + attention) + config.hidden_size * config.vocab_size)
+    step: float = 0
+    if pool:
+        seen, hidden = config.block_position_dim, config.router_hidden
+        router = (config.hidden_size + seen) * (hidden or pool + 1) + hidden * (pool + 1)
+        step = config.route_top_k * (projections + attention + seen * config.hidden_size * config.blocks_see_position) + router
+    ordinary = (config.pre_blocks + config.post_blocks) * (projections + attention)
+    return 2 * (ordinary + config.max_route_steps * step + config.hidden_size * config.vocab_size)
 
 
 def cache_numbers_per_token(config: BrianConfig) -> int:
-    """Return how many numbers the memory keeps for each token."""
+    """Return how many numbers the memory keeps for each token: keys and values per ordinary block, and per route step of the pool."""
     assert config.num_key_value_heads is not None and config.head_dim is not None
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    layers = config.pre_blocks + config.max_route_steps + config.post_blocks
+    return 2 * layers * config.num_key_value_heads * config.head_dim

@@ -8,23 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.pool import Records
 from pathlm.path import Path, Step
 
-# Shapes: B rows, T tokens, S steps
+# Shapes: B rows, T tokens, S blocks on the longest path, R route steps, A = pool blocks and OUT
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Which blocks every token visited."""
+    """Which blocks every token visited, and in the pool what else it might have done."""
 
     input_ids: Tensor
     """(B, T)"""
     present: Tensor
     """(B, T), False for padding"""
     block_BTS: Tensor
-    """Block of each step, counted from 1; 0 once the token has left"""
+    """Block of each step, counted from 1; 0 where there is none, once the token has left the pool"""
     score_BTS: Tensor
-    """How sure the choice was, 0 to 1"""
+    """Probability of that choice, 1 outside the pool"""
+    first_route_step: int = 0
+    """Which of the S steps is the first in the pool"""
+    second_BTR: Tensor | None = None
+    """The other block of each route step where two are visited, 0 for none"""
+    probability_BTRA: Tensor | None = None
+    """Probability of every block of the pool and of OUT, 0 in steps before which the token had left"""
 
     @classmethod
     def fixed(cls, input_ids: Tensor, present: Tensor, blocks: int) -> Trace:
@@ -32,15 +40,72 @@ class Trace:
         block_BTS = torch.arange(1, blocks + 1, device=input_ids.device).expand(*input_ids.shape, blocks)
         return cls(input_ids, present, block_BTS, torch.ones((), device=input_ids.device).expand(block_BTS.shape))
 
+    @classmethod
+    def routed(cls, input_ids: Tensor, present: Tensor, config: BrianConfig, records: Records, threshold: Tensor, scale: Tensor) -> Trace:
+        """Return the trace of a pass through a pool, from what was recorded there; `threshold` and `scale` make p(OUT) of a gain."""
+        tokens, longest, pool = input_ids.numel(), config.max_route_steps, config.pool_blocks
+        first, last = config.pre_blocks, config.pre_blocks + longest
+        block_NS = torch.zeros(tokens, last + config.post_blocks, dtype=torch.long, device=input_ids.device)
+        score_NS = torch.ones(block_NS.shape, device=input_ids.device)
+        block_NS[:, :first] = torch.arange(1, first + 1, device=input_ids.device)
+        block_NS[:, last:] = torch.arange(1, config.post_blocks + 1, device=input_ids.device) + first + pool
+        second_NR = torch.zeros(tokens, longest, dtype=torch.long, device=input_ids.device)
+        probability_NRA = torch.zeros(tokens, longest, pool + 1, device=input_ids.device)
+        for step, it in enumerate(records.steps):
+            place, stays = it.place_n, ~it.leaves_n
+            bound = threshold if threshold.ndim == 0 else threshold[place]
+            out = torch.sigmoid((bound - it.gain_n) / scale).float()
+            assert config.min_route_steps is not None
+            out = torch.zeros_like(out) if step < config.min_route_steps else out
+            probability_NRA[place, step, :pool] = (1 - out)[:, None] * it.score_nM.softmax(-1).float()
+            probability_NRA[place, step, pool] = out
+            block_NS[place, first + step] = (it.block_nk[:, 0] + 1 + first) * stays
+            score_NS[place, first + step] = probability_NRA[place, step].gather(-1, it.block_nk[:, :1])[:, 0]
+            if it.block_nk.shape[1] > 1:
+                second_NR[place, step] = (it.block_nk[:, 1] + 1 + first) * stays
+        shape = tuple(input_ids.shape)
+        return cls(
+            input_ids, present, block_NS.unflatten(0, shape), score_NS.unflatten(0, shape), first,
+            second_NR.unflatten(0, shape), probability_NRA.unflatten(0, shape),
+        )  # fmt: skip
+
 
 def paths(output: Any, tokenizer: Any) -> list[Path]:
-    """Return one path per token that is not padding, row by row. `output` is a forward pass with `trace=True`."""
-    trace = output.trace
+    """Return one path per token that is not padding, row by row. `output` is a forward pass with `trace=True`.
+
+    A path ends with `exit`: its score is p(OUT) where the token left the pool by choice, and 1 where its steps were used up. Where two
+    blocks were visited in one step, the step is named `block:3+block:5`, the better one first.
+    """
+    trace: Trace | None = output.trace
     if trace is None:
         raise ValueError("trace=None: run the model with trace=True to have paths")
-    ids, blocks, scores = (t[trace.present].tolist() for t in (trace.input_ids, trace.block_BTS, trace.score_BTS))
+    ids = trace.input_ids[trace.present].tolist()
     texts = {token: tokenizer.decode([token]) for token in set(ids)}
+    blocks, scores = trace.block_BTS[trace.present].tolist(), trace.score_BTS[trace.present].tolist()
+    if trace.probability_BTRA is None:
+        steps = [[Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True)] for route, sure in zip(blocks, scores, strict=True)]
+        return [Path("brian", texts[token], (*route, Step("exit", 1.0))) for token, route in zip(ids, steps, strict=True)]
+    assert trace.second_BTR is not None
+    seconds, chances = trace.second_BTR[trace.present].tolist(), trace.probability_BTRA[trace.present].tolist()
     return [
-        Path("brian", texts[token], (*(Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True) if b), Step("exit", 1.0)))
-        for token, route, sure in zip(ids, blocks, scores, strict=True)
+        Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)))
+        for token, route, sure, second, chance in zip(ids, blocks, scores, seconds, chances, strict=True)
     ]
+
+
+def _steps(blocks: list[int], scores: list[float], seconds: list[int], chances: list[list[float]], first: int) -> list[Step]:
+    """Return one token's steps in the order of its computation; the choice to leave stands where it was made."""
+    last = first + len(chances)
+    ordinary = [Step(f"block:{b}", s) for b, s in zip(blocks, scores, strict=True)]
+    steps, out = ordinary[:first], Step("exit", 1.0)
+    for i, chance in enumerate(chances):
+        block, second = blocks[first + i], seconds[i]
+        names = [*(f"block:{first + 1 + b}" for b in range(len(chance) - 1)), "exit"]
+        taken = {f"block:{block}", f"block:{second}"} if block else {"exit"}
+        rivals = tuple(sorted(((n, c) for n, c in zip(names, chance, strict=True) if c > 0 and n not in taken), key=lambda r: -r[1]))
+        if not block:
+            out = Step("exit", chance[-1], rivals) if any(chance) else out
+            break
+        both = chance[block - first - 1] + (chance[second - first - 1] if second else 0.0)
+        steps.append(Step(f"block:{block}+block:{second}" if second else f"block:{block}", both, rivals))
+    return [*steps, *ordinary[last:], out]

@@ -1,0 +1,116 @@
+"""What staying in the pool is worth: the loss after every step of a few tokens, the regression that learns it, the thresholds it moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pathlm.models.brian.pool import Records
+from pathlm.models.brian.routing import BUDGETS, RoutePool
+from pathlm.models.layers import rotate
+
+# Shapes: w watched tokens, R route steps, B rows, T tokens, H heads, G key/value heads, K head width, V vocabulary
+
+PIECE = 2**22
+"""Scores of the vocabulary made at a time."""
+
+
+@torch.no_grad()
+def losses_by_step(
+    model: Any,
+    records: Records,
+    watched: Tensor,
+    target_w: Tensor,
+    inputs: list[Tensor],
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Return the cross-entropy (R, w) of each watched token if it had left the pool after 1 … R steps, and everybody else as they did.
+
+    `inputs` are the hidden states (B, T, D) that entered each block after the pool, `watched` the tokens' places, `target_w` what follows
+    them. A token that leaves earlier enters those blocks with an earlier state; what it sees of others there stays.
+    """
+    h = torch.stack([model.pool.leave(h, p) for h, p in records.watched])  # (R, w, D)
+    post = list(model.blocks)[model.config.pre_blocks + model.config.pool_blocks :]
+    for block, h_BTD in zip(post, inputs, strict=True):
+        h = block.finish(h, _read_as_another(block, h, h_BTD, watched, mask, rotary))
+    h = model.norm(h)
+    weight, flat = model.lm_head.weight, h.flatten(0, 1)
+    target = target_w.repeat(len(h))
+    rows = max(1, PIECE // weight.shape[0])
+    pieces = [
+        F.cross_entropy((a.to(weight.dtype) @ weight.T).float(), b, reduction="none")
+        for a, b in zip(flat.split(rows), target.split(rows), strict=True)
+    ]
+    return torch.cat(pieces).view(len(h), -1) if pieces else flat.new_zeros(len(h), 0)
+
+
+def _read_as_another(
+    block: Any, h_RwD: Tensor, h_BTD: Tensor, watched: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return what tokens in other states `h_RwD` read (R, w, H · K): earlier tokens' rows as they are, their own as it would be."""
+    batch, tokens = h_BTD.shape[:2]
+    heads, groups = block.heads, block.groups
+    row, slot = watched // tokens, watched % tokens
+    _, key, value = block.turn(block.project(h_BTD), rotary)
+    own = block.project(h_RwD)  # (R, w, H + 2G, K)
+    cos, sin = (table.expand(batch, -1, -1, -1).flatten(0, 1)[watched][None] for table in rotary)
+    both = rotate(own[:, :, : heads + groups], cos, sin)
+    query, own_key, own_value = both[:, :, :heads], both[:, :, heads:], own[:, :, heads + groups :]
+    query = query.unflatten(2, (groups, -1))  # (R, w, G, H / G, K)
+    before = torch.arange(tokens, device=slot.device) < slot[:, None]
+    if mask is not None:
+        before = before & mask.expand(batch, -1, -1, -1)[row, 0, slot]
+    result = torch.empty_like(query)
+    for b in row.unique().tolist():  # row by row: the rows' keys are never copied
+        mine = (row == b).nonzero()[:, 0]
+        q = query[:, mine] * block.width**-0.5
+        others = torch.einsum("rwghk,gsk->rwghs", q, key[b]).masked_fill(~before[mine][None, :, None, None], -torch.inf)
+        self_ = torch.einsum("rwghk,rwgk->rwgh", q, own_key[:, mine])[..., None]
+        weight = torch.cat((others, self_), dim=-1).softmax(-1)
+        read = torch.einsum("rwghs,gsk->rwghk", weight[..., :-1], value[b]) + weight[..., -1:] * own_value[:, mine, :, None]
+        result[:, mine] = read
+    return result.flatten(2)
+
+
+def exit_loss(records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int) -> tuple[Tensor, Tensor]:
+    """Return the Huber loss of the predicted gain, and the predictions (R - shortest, w) it was made of.
+
+    The gain of staying after r steps is the loss after r steps minus the loss after the last one: what the remaining steps still remove.
+    """
+    predicted = predicted_gains(records, watched, shortest=shortest)
+    if not predicted.numel():
+        return predicted.sum(), predicted
+    gain = loss_Rw[shortest - 1 : -1] - loss_Rw[-1:]
+    return F.huber_loss(predicted, gain.to(predicted.dtype)), predicted
+
+
+def predicted_gains(records: Records, watched: Tensor, *, shortest: int) -> Tensor:
+    """Return what the router predicted for the watched tokens at every step at which they might have left (R - shortest, w)."""
+    rows = [step.gain_n[torch.searchsorted(step.place_n, watched)] for step in records.steps[shortest:]]
+    return torch.stack(rows) if rows else torch.zeros(0, len(watched), device=watched.device)
+
+
+@torch.no_grad()
+def move_thresholds(pool: RoutePool, predicted_Sw: Tensor, *, budget: float, spread: float, rate: float) -> None:
+    """Move every budget's threshold towards the one that would have given these tokens the budget's mean number of steps.
+
+    A token takes another step after r steps while the smallest gain predicted so far is at least the threshold. Over all tokens and r, the
+    share of these smallest gains that lie above a threshold is the share of the free steps taken, so thresholds are their quantiles.
+    """
+    if not predicted_Sw.numel():
+        return
+    smallest = predicted_Sw.detach().float().cummin(0).values.flatten().sort().values
+    free_share = torch.linspace(0, 1, BUDGETS, device=smallest.device)
+    wanted = torch.quantile(smallest[-(2**24) :], 1 - free_share).to(pool.exit_threshold.dtype)
+    scale = predicted_Sw.detach().float().std().clamp(min=1e-4) if predicted_Sw.numel() > 1 else pool.gain_scale
+    fresh = pool.budgets_trained[0] > pool.budgets_trained[1]
+    pool.exit_threshold.copy_(torch.where(fresh, wanted, torch.lerp(pool.exit_threshold, wanted, rate)))
+    pool.gain_scale.copy_(torch.where(fresh, scale, torch.lerp(pool.gain_scale.float(), scale.float(), rate)))
+    ends = torch.tensor([max(budget - spread, pool.lowest_budget), min(budget + spread, 1.0)], device=smallest.device)
+    low, high = pool.budgets_trained[0].minimum(ends[0]), pool.budgets_trained[1].maximum(ends[1])
+    pool.budgets_trained.copy_(torch.stack((low, high)))
+    pool.budget_default.fill_(max(budget, pool.lowest_budget))

@@ -1,0 +1,383 @@
+"""The pool at work: in every route step the tokens that are still in it choose a block, and each block runs on the tokens that chose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pathlm.models.brian.grouping import Arrange, Pick, UnitGate, spread
+from pathlm.models.brian.memory import PoolMemory
+from pathlm.models.brian.routing import best_blocks, legal_blocks
+from pathlm.models.layers import attend, turned
+
+# Shapes: B rows, T tokens, N = B · T, n tokens still in the pool in the order of their places, k blocks each visits in one step,
+# e = k · n visits grouped by block, M blocks, R route steps, H heads, G key/value heads, K head width, S tokens attended, Q queries per row
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the blocks of a pool see beside the tokens themselves."""
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    """(B or 1, 1, T, S), or None where tokens see all before them"""
+    memory: PoolMemory | None = None
+    recompute: bool = False
+    """Compute the inside of blocks again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides about routes in one forward pass. The defaults are those of a trained model at work."""
+
+    threshold: Tensor
+    """Gain below which a token leaves; () or (N,)"""
+    top_k: int = 1
+    guided: bool = True
+    """Whether the router runs at all. Without it the teacher decides for every token."""
+    teacher_NR: Tensor | None = None
+    """The teacher's block in every step, M to leave"""
+    driven_N: Tensor | None = None
+    """Tokens that the router drives; the others follow the teacher. None: all"""
+    stays_N: Tensor | None = None
+    """Tokens that the router cannot let leave before the last step"""
+    noise: float = 0.0
+    random_share: float = 0.0
+    gate: float = 0.0
+    other_share: float = 0.0
+    watched: Tensor | None = None
+    """Places (w,) of tokens whose state is kept after every step; they must stay in the pool to the end"""
+    record: bool = False
+
+
+@dataclass
+class StepRecord:
+    """What happened in one route step, for the n tokens that were in the pool."""
+
+    place_n: Tensor
+    score_nM: Tensor
+    """Biases included, -inf for blocks that were not legal"""
+    gain_n: Tensor
+    leaves_n: Tensor
+    block_nk: Tensor
+    """Blocks chosen, also for those that leave"""
+    at_n: Tensor
+    """Block visited last, -1 at the start"""
+    position_nP: Tensor
+
+
+@dataclass
+class Records:
+    """What happened in the pool in one forward pass."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    left_N: Tensor | None = None
+    """Steps that each token took"""
+    evaluations: int = 0
+    """Blocks run, summed over tokens"""
+    other_evaluations: int = 0
+    """Blocks run only for the router's gradient"""
+    watched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached"""
+
+
+@dataclass
+class _Tokens:
+    """The tokens still in the pool. `place_n` is None while these are all N tokens."""
+
+    h: Tensor
+    p: Tensor
+    at: Tensor
+    repeats: Tensor
+    place: Tensor | None
+
+    def kept(self, stay_n: Tensor) -> _Tokens:
+        """Return those at the indices `stay_n`."""
+        place = stay_n if self.place is None else self.place[stay_n]
+        return _Tokens(Pick.apply(self.h, stay_n), self.p[stay_n], self.at[stay_n], self.repeats[stay_n], place)
+
+
+class PoolRun:
+    """One pass of N tokens through a pool. `pool` is the model's `RoutePool`, `blocks` the pool's blocks."""
+
+    def __init__(self, pool: Any, blocks: list[Any], surroundings: Surroundings, plan: Plan) -> None:
+        self.pool, self.blocks, self.around, self.plan = pool, blocks, surroundings, plan
+        self.records = Records()
+        self._table: tuple[Tensor, Tensor] | None = None
+        self._left: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._steps: list[tuple[Tensor, int]] = []
+
+    def run(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens' hidden states (B, T, D) and the positions (B, T, P) from which they left."""
+        config, (batch, tokens) = self.pool.config, h_BTD.shape[:2]
+        self.rows, self.tokens = batch, tokens
+        if self.around.memory is not None:
+            self.around.memory.extend(h_BTD.new_empty(()).expand(batch, config.num_key_value_heads, tokens, config.head_dim))
+        count = batch * tokens
+        start = torch.full((count,), -1, device=h_BTD.device)
+        state = _Tokens(h_BTD.flatten(0, 1), self.pool.starting_position(count, h_BTD.dtype), start, torch.zeros_like(start), None)
+        for step in range(config.max_route_steps):
+            stay = self._decide(state, step)
+            if stay is None:
+                break
+            state, block_nk, score_nM = stay
+            state = self._visit(state, block_nk, score_nM, step)
+            if self.plan.watched is not None:
+                index = self.plan.watched if state.place is None else torch.searchsorted(state.place, self.plan.watched)
+                self.records.watched.append((state.h.detach()[index], state.p.detach()[index]))
+        else:
+            self._leave(state.h, state.p, state.place, config.max_route_steps)
+        return self._gathered(h_BTD)
+
+    def _decide(self, state: _Tokens, step: int) -> tuple[_Tokens, Tensor, Tensor] | None:
+        """Let every token choose; those that leave are put aside. Returns the others with their blocks, None where nobody is left."""
+        plan, config = self.plan, self.pool.config
+        if plan.guided:
+            score_nM, gain_n = self.pool.scores(state.h, state.p, step)
+            if config.max_repeats:
+                legal_nM = legal_blocks(state.at, state.repeats, blocks=len(self.blocks), limit=config.max_repeats)
+                score_nM = score_nM.masked_fill(~legal_nM, -torch.inf)
+            block_nk = best_blocks(_explored(score_nM.detach(), plan), plan.top_k)
+            leaves_n = self._wants_to_leave(gain_n.detach(), state, step)
+        else:
+            assert plan.teacher_NR is not None
+            score_nM = gain_n = torch.empty(0)
+            block_nk = torch.empty(0)
+            leaves_n = torch.empty(0)
+        if plan.teacher_NR is not None:
+            taught_n = _at(plan.teacher_NR[:, step], state.place)
+            driven_n = None if not plan.guided else _at(plan.driven_N, state.place)
+            ends_n, taught_nk = taught_n == len(self.blocks), taught_n.clamp(max=len(self.blocks) - 1)[:, None]
+            if driven_n is None:
+                leaves_n, block_nk = ends_n, taught_nk
+            else:
+                leaves_n = torch.where(driven_n, leaves_n, ends_n)
+                block_nk = torch.cat((torch.where(driven_n[:, None], block_nk[:, :1], taught_nk), block_nk[:, 1:]), dim=1)
+        if plan.record and plan.guided:
+            place_n = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
+            self.records.steps.append(StepRecord(place_n, score_nM, gain_n, leaves_n, block_nk, state.at, state.p.detach()))
+        if step and bool(leaves_n.any()):
+            going = leaves_n.nonzero()[:, 0]
+            stay = (~leaves_n).nonzero()[:, 0]
+            self._leave(Pick.apply(state.h, going), state.p[going], going if state.place is None else state.place[going], step)
+            if not len(stay):
+                return None
+            state, block_nk = state.kept(stay), block_nk[stay]
+            score_nM = score_nM[stay] if plan.guided else score_nM
+        return state, block_nk, score_nM
+
+    def _wants_to_leave(self, gain_n: Tensor, state: _Tokens, step: int) -> Tensor:
+        if step < self.pool.config.min_route_steps:
+            return torch.zeros_like(gain_n, dtype=torch.bool)
+        threshold = self.plan.threshold if self.plan.threshold.ndim == 0 else _at(self.plan.threshold, state.place)
+        leaves_n = gain_n < threshold
+        return leaves_n if self.plan.stays_N is None else leaves_n & ~_at(self.plan.stays_N, state.place)
+
+    def _visit(self, state: _Tokens, block_nk: Tensor, score_nM: Tensor, step: int) -> _Tokens:
+        """Run the chosen blocks: all write their rows into the table, then all read it."""
+        n, k = block_nk.shape
+        self.records.evaluations += n * k
+        weight_nk = score_nM.gather(-1, block_nk).softmax(-1) if k > 1 else None
+        groups = _Groups.of(block_nk, len(self.blocks))
+        qkv, h_in = self._project(groups, state)
+        heads, kv_heads = self.blocks[0].heads, self.blocks[0].groups
+        query, kv = qkv[..., :heads, :], qkv[..., heads:, :]  # (k, n, heads, K)
+        if weight_nk is not None:
+            kv = (kv * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
+        if state.place is None:
+            shape = (self.rows, self.tokens)
+            first = qkv[0] if weight_nk is None else torch.cat((query[0], kv[0]), dim=1)
+            q, key, value = turned(first.unflatten(0, shape), self.around.rotary, heads)
+            keys, values = self._written(step, key, value)
+            read = [attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1)]
+            for other in query[1:]:
+                q = turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0]
+                read.append(attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1))
+        else:
+            rotary = self._rotary_at(state.place)
+            turned_kn = [turned(torch.cat((q, kv[0]), dim=1)[None], rotary, heads) for q in query]
+            keys, values = self._written_some(step, turned_kn[0][1], turned_kn[0][2], state.place, kv_heads)
+            read = [self._read_some(q[0].transpose(0, 1), keys, values, state.place) for q, _, _ in turned_kn]
+        h = self._finish(groups, state, h_in, read, weight_nk)
+        if self.plan.gate and k == 1 and torch.is_grad_enabled():
+            probability_n = score_nM.softmax(-1).gather(-1, block_nk)[:, 0]
+            h = UnitGate.apply(h, state.h, probability_n, self.plan.gate)
+        first_n = block_nk[:, 0]
+        repeats = torch.where(first_n == state.at, state.repeats + 1, 1)
+        p = self.pool.position[1 + block_nk].to(h.dtype)
+        if weight_nk is None:
+            p = p[:, 0]
+        else:
+            p = (p * weight_nk[..., None].to(h.dtype)).sum(1)
+            p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+        return _Tokens(h, p, first_n, repeats, state.place)
+
+    def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, list[Tensor]]:
+        """Return queries, keys and values (k, n, H + 2G, K) of every visit, and the hidden states each group starts from."""
+        h_in = groups.split(state.h)
+        p_in = groups.split(state.p) if len(self.pool.adapters) else [None] * len(h_in)
+        parts = []
+        for block, h, p in zip(groups.blocks, h_in, p_in, strict=True):
+            x = h if p is None else h + self.pool.adapters[block](p)
+            parts.append(self._call(self.blocks[block].project, x))
+        return groups.joined(parts), h_in
+
+    def _finish(self, groups: _Groups, state: _Tokens, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
+        """Return the next hidden states (n, D)."""
+        read_in = groups.split(torch.cat(read), copied=True)
+        parts = [self._call(self.blocks[b].finish, h, r) for b, h, r in zip(groups.blocks, h_in, read_in, strict=True)]
+        h_knD = groups.joined(parts)
+        return h_knD[0] if weight_nk is None else (h_knD * weight_nk.T[..., None].to(h_knD.dtype)).sum(0)
+
+    def _call(self, half: Any, *inputs: Tensor) -> Tensor:
+        return checkpoint(half, *inputs, use_reentrant=False) if self.around.recompute else half(*inputs)
+
+    def _written(self, step: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewrite the rows of all new tokens (B, G, T, K) and return the table (B, G, S, K)."""
+        if self.around.memory is None:
+            self._table = (key, value)
+            return self._table
+        self.around.memory.write(step, key, value)
+        return self.around.memory.version(step, key.shape[1])
+
+    def _written_some(self, step: int, key: Tensor, value: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Rewrite the rows (1, G, n, K) of the tokens at `place` and return the table (B, G, S, K)."""
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (n, G, K)
+        if self.around.memory is not None:
+            memory = self.around.memory
+            slot = place % self.tokens + memory.get_seq_length() - self.tokens
+            memory.write_some(step, place // self.tokens, slot, key, value)
+            return memory.version(step, groups)
+        assert self._table is not None  # everybody visits a block in the first step
+        shape = (self.rows, self.tokens)
+        flat = [
+            table.transpose(1, 2).flatten(0, 1).index_copy(0, place, rows) for table, rows in zip(self._table, (key, value), strict=True)
+        ]
+        self._table = (flat[0].unflatten(0, shape).transpose(1, 2), flat[1].unflatten(0, shape).transpose(1, 2))
+        return self._table
+
+    def _rotary_at(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (1, n, 1, K) of the tokens at `place`."""
+        cos, sin = self.around.rotary
+        index = place % self.tokens if cos.shape[0] == 1 else place
+        return cos.flatten(0, 1)[index][None], sin.flatten(0, 1)[index][None]
+
+    def _read_some(self, query_nHK: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> Tensor:
+        """Return what the tokens at `place` read of the table (n, H · K)."""
+        n, heads, width = query_nHK.shape
+        flat_nX, mask = query_nHK.flatten(1), self.around.mask
+        if self.tokens == 1:
+            return _read_rows(query_nHK, keys, values, mask, place.tolist())
+        if 2 * n > self.rows * self.tokens:
+            # Queries of tokens that have left are zeros: cheaper than leaving the order in which no mask is needed.
+            per_row, slot = self.tokens, place
+        else:
+            per_row, slot, when_BQ = self._compacted(place)
+            if mask is None:
+                past = keys.shape[2] - self.tokens
+                mask = (torch.arange(keys.shape[2], device=place.device) <= past + when_BQ[..., None])[:, None]
+            else:
+                index = when_BQ[..., None].expand(-1, -1, mask.shape[-1])
+                mask = mask[:, 0].expand(self.rows, -1, -1).gather(1, index)[:, None]
+        query = spread(flat_nX, slot, self.rows * per_row).view(self.rows, per_row, heads, width).transpose(1, 2)
+        read = attend(query, keys, values, mask).transpose(1, 2).flatten(2).flatten(0, 1)
+        return Pick.apply(read, slot)
+
+    def _compacted(self, place: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Push each row's tokens together: returns the longest row Q, slots (n,) among B · Q, and the time of each slot (B, Q)."""
+        present = torch.zeros(self.rows * self.tokens, dtype=torch.long, device=place.device)
+        present[place] = 1
+        present_BT = present.view(self.rows, self.tokens)
+        rank = (present_BT.cumsum(1) - 1).flatten()[place]
+        per_row = int(present_BT.sum(1).max())
+        slot = place // self.tokens * per_row + rank
+        when = torch.zeros(self.rows * per_row, dtype=torch.long, device=place.device)
+        when[slot] = place % self.tokens
+        return per_row, slot, when.view(self.rows, per_row)
+
+    def _leave(self, h: Tensor, p: Tensor, place: Tensor | None, steps: int) -> None:
+        if place is None:
+            place = torch.arange(len(h), device=h.device)
+        self._left.append((place, h, p))
+        self._steps.append((place, steps))
+
+    def _gathered(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Put everybody back at their places."""
+        self.records.left_N = torch.zeros(self.rows * self.tokens, dtype=torch.long, device=h_BTD.device)
+        for place, steps in self._steps:
+            self.records.left_N[place] = steps
+        if len(self._left) == 1:
+            _, h, p = self._left[0]
+        else:
+            order = torch.cat([place for place, _, _ in self._left])
+            h = Arrange.apply(torch.cat([h for _, h, _ in self._left]), order.argsort(), order, 1)
+            p = torch.cat([p for _, _, p in self._left])[order.argsort()]
+        return h.view_as(h_BTD), p.unflatten(0, h_BTD.shape[:2])
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Visits sorted by block. `order` is None where one block is visited by everybody."""
+
+    blocks: list[int]
+    counts: list[int]
+    order: Tensor | None
+    inverse: Tensor | None
+    copies: int
+
+    @classmethod
+    def of(cls, block_nk: Tensor, blocks: int) -> _Groups:
+        """Group k · n visits: first all first choices, then all second ones."""
+        visits = block_nk.T.flatten()
+        counts = torch.bincount(visits, minlength=blocks).tolist()
+        taken = [block for block, count in enumerate(counts) if count]
+        sizes = [counts[block] for block in taken]
+        if len(taken) == 1:
+            return cls(taken, sizes, None, None, 1)
+        order = visits.argsort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return cls(taken, sizes, order, inverse, block_nk.shape[1])
+
+    def split(self, x: Tensor, *, copied: bool = False) -> list[Tensor]:
+        """Return the rows of each group. `copied`: `x` holds a row per visit already, else one per token."""
+        if self.order is None:
+            return [x]
+        return list(Arrange.apply(x, self.order, self.inverse, 1 if copied else self.copies).split(self.counts))
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Undo `split`: return (k, n, …)."""
+        if self.order is None:
+            return parts[0][None]
+        flat = Arrange.apply(torch.cat(parts), self.inverse, self.order, 1)
+        return flat.unflatten(0, (self.copies, -1))
+
+
+def _at(values_N: Tensor | None, place: Tensor | None) -> Any:
+    return values_N if values_N is None or place is None else values_N[place]
+
+
+def _explored(score_nM: Tensor, plan: Plan) -> Tensor:
+    """Return the scores that are compared: with noise, and for a few tokens drawn at random."""
+    if plan.noise:
+        score_nM = score_nM + plan.noise * torch.randn_like(score_nM)
+    if plan.random_share:
+        chance = torch.rand_like(score_nM).masked_fill(score_nM.isneginf(), -torch.inf)
+        score_nM = torch.where(torch.rand_like(score_nM[:, :1]) < plan.random_share, chance, score_nM)
+    return score_nM
+
+
+def _read_rows(query_nHK: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
+    """Attend for one new token in each of some batch rows, without copying their memory: neighbouring rows together."""
+    parts, start = [], 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            run = slice(rows[start], rows[i - 1] + 1)
+            seen = mask if mask is None or mask.shape[0] == 1 else mask[run]
+            parts.append(attend(query_nHK[start:i, :, None], keys[run], values[run], seen)[:, :, 0].flatten(1))
+            start = i
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

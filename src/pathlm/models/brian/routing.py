@@ -1,0 +1,216 @@
+"""The router: who decides, for one token, which block of the pool comes next or that it is time to leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.positions import IN, position_table
+
+# Shapes: N tokens in the pool, D model width, P width of positions, M pool blocks, A = M + 1 outputs of the router, G budgets
+
+PREFERENCE = 5.0
+"""How strongly a fresh router prefers the next block, and staying until the last block, in its outputs' units."""
+BUDGETS = 33
+"""Budgets for which a threshold is kept; between them it is interpolated."""
+
+
+class Router(nn.Module):
+    """Scores of the pool's blocks, and the loss that staying in the pool is expected to remove, from one token's own state.
+
+    Output columns 0 … M - 1 are scores; column M is the gain in nats. Computed in at least float32, whatever the model's precision.
+    """
+
+    def __init__(self, config: BrianConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, actions = config.hidden_size, config.pool_blocks + 1
+        seen = config.block_position_dim if config.router_sees_position else 0
+        self.from_hidden = nn.Linear(width, actions, bias=False)
+        if seen:
+            self.from_position = nn.Linear(seen, actions, bias=False)
+        else:
+            self.by_step = nn.Parameter(torch.zeros(config.max_route_steps, actions))
+        if config.router_hidden:
+            self.hidden_in = nn.Linear(width + seen, config.router_hidden)
+            self.hidden_out = nn.Linear(config.router_hidden, actions, bias=False)
+
+    def forward(self, h_ND: Tensor, p_NP: Tensor, step: int) -> Tensor:
+        """Return the outputs (N, A). No gradient reaches `h_ND`: what the model says must not bend to what the router finds easy."""
+        with torch.autocast(h_ND.device.type, enabled=False):
+            x_ND = self.read(h_ND)
+            p_NP = p_NP.to(x_ND.dtype)
+            out_NA = _linear(x_ND, self.from_hidden)
+            if self.config.router_sees_position:
+                out_NA = out_NA + _linear(p_NP, self.from_position)
+                x_ND = torch.cat((x_ND, p_NP), dim=-1) if self.config.router_hidden else x_ND
+            else:
+                out_NA = out_NA + self.by_step[step].to(x_ND.dtype)
+            if self.config.router_hidden:
+                out_NA = out_NA + _linear(F.gelu(_linear(x_ND, self.hidden_in)), self.hidden_out)
+            return out_NA
+
+    def read(self, h_ND: Tensor) -> Tensor:
+        """Return the hidden state as the router sees it: normalised, and cut off from the graph."""
+        x_ND = h_ND.detach().to(torch.promote_types(h_ND.dtype, torch.float32))
+        return F.rms_norm(x_ND, x_ND.shape[-1:], eps=self.config.rms_norm_eps)
+
+    @torch.no_grad()
+    def reset(self, position: Tensor) -> None:
+        """Prefer the blocks in their order and leaving after the last one, whatever the hidden state."""
+        init.zeros_(self.from_hidden.weight)
+        blocks, actions = self.config.pool_blocks, self.config.pool_blocks + 1
+        wanted = torch.zeros(blocks + 2, actions, dtype=torch.float64)
+        wanted[:blocks, :blocks] = PREFERENCE * torch.eye(blocks, dtype=torch.float64)
+        wanted[:, blocks] = -PREFERENCE
+        wanted[:blocks, blocks] = PREFERENCE
+        if self.config.router_sees_position:
+            found = torch.linalg.pinv(position.detach().cpu().double()) @ wanted
+            init.copy_(self.from_position.weight, found.T.to(self.from_position.weight))
+        else:
+            place = torch.arange(self.config.max_route_steps).clamp(max=blocks)
+            init.copy_(self.by_step, wanted[place].to(self.by_step))
+        if self.config.router_hidden:
+            init.normal_(self.hidden_in.weight, std=self.config.hidden_size**-0.5)
+            init.zeros_(self.hidden_in.bias)
+            init.zeros_(self.hidden_out.weight)
+
+
+class RoutePool(nn.Module):
+    """What routing adds to the blocks: the router, positions, what blocks and the exit read of them, and the exit's thresholds.
+
+    `exit_threshold` (G,) holds, for budgets from `min_route_steps / max_route_steps` to 1, the gain below which a token leaves.
+    """
+
+    position: Tensor
+    load_bias: Tensor
+    exit_threshold: Tensor
+    budgets_trained: Tensor
+    budget_default: Tensor
+    gain_scale: Tensor
+    difficulty_sum: Tensor
+    difficulty_count: Tensor
+
+    def __init__(self, config: BrianConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, seen = config.hidden_size, config.block_position_dim if config.block_position != "none" else 0
+        self.router = Router(config)
+        self.adapters = nn.ModuleList(
+            nn.Linear(seen, width, bias=False) for _ in range(config.pool_blocks if config.blocks_see_position else 0)
+        )
+        self.out = nn.Linear(seen, width, bias=False) if seen else None
+        table = position_table(config.block_position, config.pool_blocks, config.block_position_dim)
+        self.register_buffer("position", table, persistent=False)
+        for name, start in self._buffers_at_start().items():
+            self.register_buffer(name, start)
+
+    def _buffers_at_start(self) -> dict[str, Tensor]:
+        vocabulary = self.config.vocab_size
+        return {
+            "load_bias": torch.zeros(self.config.pool_blocks),
+            "exit_threshold": torch.zeros(BUDGETS),
+            # Low and high end of the budgets trained so far; none while low > high.
+            "budgets_trained": torch.tensor([2.0, -1.0]),
+            "budget_default": torch.tensor(1.0),
+            "gain_scale": torch.tensor(1.0),
+            "difficulty_sum": torch.zeros(vocabulary),
+            "difficulty_count": torch.zeros(vocabulary),
+        }
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Give every weight and buffer its first value: a token then visits the blocks in order, unchanged by its position."""
+        with torch.device("cpu"):
+            table = position_table(self.config.block_position, self.config.pool_blocks, self.config.block_position_dim)
+            init.copy_(self.position, table.to(self.position.device))
+            for name, start in self._buffers_at_start().items():
+                init.copy_(getattr(self, name), start.to(getattr(self, name).device))
+        for layer in (*self.adapters, *([self.out] if self.out is not None else [])):
+            init.zeros_(layer.weight)
+        self.router.reset(table)
+
+    def scores(self, h_ND: Tensor, p_NP: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the blocks' scores (N, M), location and load biases included, and the gain (N,)."""
+        out_NA = self.router(h_ND, p_NP, step)
+        score_NM, gain_N = out_NA[:, :-1], out_NA[:, -1]
+        if self.config.location_bias:
+            score_NM = score_NM + self.config.location_bias * (p_NP @ self.position[1:-1].T.to(p_NP.dtype)).to(score_NM.dtype)
+        return score_NM + self.load_bias.to(score_NM.dtype), gain_N
+
+    def starting_position(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return IN's vector for every token (N, P)."""
+        return self.position[IN].to(dtype).expand(tokens, -1)
+
+    def leave(self, h: Tensor, p: Tensor) -> Tensor:
+        """Return what leaves the pool with hidden state `h` (..., D) from position `p` (..., P)."""
+        return h if self.out is None else h + F.linear(p.to(h.dtype), self.out.weight)
+
+    def threshold(self, budget: float | Tensor | None) -> Tensor:
+        """Return the gain below which a token leaves, for a budget: the share of `max_route_steps` that tokens are to take on average.
+
+        None is the budget the model was last trained with, or, before that, the gain 0. A tensor of budgets gives one threshold each.
+        """
+        trained = self.budgets_trained[0] <= self.budgets_trained[1]
+        if budget is None:
+            return torch.where(trained, self._interpolated(self.budget_default), 0.0)
+        return self._interpolated(torch.as_tensor(budget, dtype=torch.float32, device=self.exit_threshold.device))
+
+    def _interpolated(self, budget: Tensor) -> Tensor:
+        lowest = self.lowest_budget
+        place = ((budget - lowest) / max(1 - lowest, 1e-9) * (BUDGETS - 1)).clamp(0, BUDGETS - 1)
+        left = place.floor().long().clamp(max=BUDGETS - 2)
+        value = torch.lerp(self.exit_threshold[left], self.exit_threshold[left + 1], (place - left).to(self.exit_threshold.dtype))
+        # The whole budget means that nobody leaves early, whatever was measured.
+        return torch.where(budget >= 1, -torch.inf, value)
+
+    @property
+    def lowest_budget(self) -> float:
+        """The smallest share of route steps that is possible."""
+        assert self.config.min_route_steps is not None
+        return self.config.min_route_steps / self.config.max_route_steps
+
+    def check_budget(self, budget: float) -> None:
+        """Raise `ValueError` for a budget that is no share, or that the model was not trained for."""
+        low, high = self.budgets_trained.tolist()
+        if low > high:
+            raise ValueError(f"budget={budget}: this model has not been trained to leave the pool early, so it has one budget only")
+        if not low - 5e-3 <= budget <= 1:  # half-precision weights round
+            raise ValueError(f"budget={budget}: must lie between {low:.3g} and 1, the budgets this model was trained for")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What tokens in the pool do in one route step."""
+
+    leaves_N: Tensor
+    """True where a token leaves."""
+    block_NK: Tensor
+    """The blocks it visits otherwise, best first."""
+
+
+def legal_blocks(last_N: Int[Tensor, " n"], repeats_N: Int[Tensor, " n"], *, blocks: int, limit: int) -> Bool[Tensor, "n {blocks}"]:
+    """Return which blocks each token may visit: all but the one it has just visited `limit` times in a row."""
+    spent = (repeats_N >= limit) & (last_N >= 0)
+    return ~(F.one_hot(last_N.clamp(min=0), blocks).bool() & spent[:, None])
+
+
+def best_blocks(score_NM: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n {k}"]:
+    """Return the `k` blocks with the highest scores, best first, ties to the lowest number."""
+    first_N = score_NM.argmax(-1)
+    if k == 1:
+        return first_N[:, None]
+    rest_NM = score_NM.scatter(-1, first_N[:, None], -torch.inf)
+    return torch.stack((first_N, rest_NM.argmax(-1)), dim=-1)
+
+
+def _linear(x: Tensor, layer: Any) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)

@@ -1,0 +1,127 @@
+"""From knobs to a plan: which tokens follow the router, which a teacher, who may leave and who stays to be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.curriculum import Knobs
+from pathlm.models.brian.pool import Plan
+from pathlm.models.brian.routing import RoutePool
+
+# Shapes: B rows, T tokens, N = B · T, M pool blocks, R route steps, V vocabulary
+
+EASY, STRAIGHT, HARD = range(3)
+TAUGHT = ("imitation", "balance", "selected_balance", "coverage", "cost", "location", "diversity", "exit", "exit_boundary", "z")
+"""Losses beside that of the text."""
+_KNOWN = {field.name for field in fields(Knobs)}
+assert set(TAUGHT) <= _KNOWN
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A plan, and what the losses need to know about it."""
+
+    plan: Plan
+    driven: bool
+    """Whether the router drives any token."""
+
+
+def steer(
+    pool: RoutePool, knobs: Knobs | None, *, shape: tuple[int, int], input_ids: Tensor | None, target_N: Tensor | None,
+    budget: float | None, training: bool, record: bool,
+) -> Steering:  # fmt: skip
+    """Return the plan for a pass of B rows of T tokens.
+
+    Without knobs the router drives every token and may let it leave. In training, shares of tokens and rows are drawn; in evaluation any
+    share above 0 means all, so that nothing is left to chance. `target_N` are the labels of the next tokens, where there are any.
+    """
+    knobs = knobs or Knobs()
+    config, device = pool.config, pool.exit_threshold.device
+    rows, tokens = shape
+    top_k = min(config.route_top_k, knobs.top_k or config.route_top_k)
+    guided = knobs.router_share > 0 or record
+    threshold = pool.threshold(budget if budget is not None else (None if training else knobs.budget))
+    if not training:
+        driven = knobs.router_share > 0
+        stays = None if knobs.exit_share > 0 else torch.ones(rows * tokens, dtype=torch.bool, device=device)
+        teacher = None if driven else teacher_routes(pool, knobs, shape, input_ids, training=False)
+        driven_N = None if driven else torch.zeros(rows * tokens, dtype=torch.bool, device=device)
+        plan = Plan(threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays, record=record)
+        return Steering(plan, driven)
+    teacher = driven_N = watched = None
+    if knobs.router_share < 1:
+        teacher = teacher_routes(pool, knobs, shape, input_ids, training=True)
+        driven_N = torch.rand(rows * tokens, device=device) < knobs.router_share
+    stays_N = (torch.rand(rows, 1, device=device) >= knobs.exit_share).expand(rows, tokens).flatten() if knobs.exit_share < 1 else None
+    if knobs.budget is not None:
+        drawn = knobs.budget + knobs.budget_spread * (2 * torch.rand(rows, 1, device=device) - 1)
+        threshold = pool.threshold(drawn.clamp(pool.lowest_budget, 1.0)).expand(rows, tokens).flatten()
+        untrained = pool.budgets_trained[0] > pool.budgets_trained[1]
+        threshold = torch.where(untrained, 0.0, threshold)
+    if knobs.probe_share and target_N is not None:
+        probe_N = (torch.rand(rows * tokens, device=device) < knobs.probe_share) & (target_N >= 0)
+        watched = probe_N.nonzero()[:, 0]
+        stays_N = probe_N if stays_N is None else stays_N | probe_N
+        driven_N = None if driven_N is None else driven_N | probe_N
+    plan = Plan(
+        threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, noise=knobs.noise,
+        random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched, record=record,
+    )  # fmt: skip
+    return Steering(plan, knobs.router_share > 0)
+
+
+def teacher_routes(pool: RoutePool, knobs: Knobs, shape: tuple[int, int], input_ids: Tensor | None, *, training: bool) -> Tensor:
+    """Return the block that the teacher names for every token and step (N, R), M to leave.
+
+    The teacher's route is the original path. In a share `pseudo` of the rows, all of them in evaluation, easy tokens skip blocks and leave
+    early and hard ones visit blocks twice. How hard a token is says the mean loss after it, in thirds of all tokens read.
+    """
+    rows, tokens = shape
+    table = pseudo_routes(pool.config).to(pool.exit_threshold.device)
+    if not knobs.pseudo or input_ids is None:
+        return table[STRAIGHT].expand(rows * tokens, -1)
+    kind_BT = difficulty_class(pool)[input_ids]
+    if training and knobs.pseudo < 1:
+        kind_BT = torch.where(torch.rand(rows, 1, device=table.device) < knobs.pseudo, kind_BT, STRAIGHT)
+    return table[kind_BT.flatten()]
+
+
+def pseudo_routes(config: BrianConfig) -> Tensor:
+    """Return the routes (3, R) of easy, ordinary and hard tokens: every second block; every block; every block after the first twice."""
+    blocks, steps, shortest = config.pool_blocks, config.max_route_steps, config.min_route_steps
+    assert shortest is not None
+    straight = list(range(blocks))
+    easy = list(range(0, blocks, 2))
+    easy += straight[len(easy) : shortest]
+    twice = [0] + [block for block in range(1, blocks) for _ in range(2)]
+    hard = straight if config.max_repeats == 1 else twice
+    routes = [(route + [blocks] * steps)[:steps] for route in (easy, straight, hard)]
+    for route in routes:  # a token stays for the smallest number of steps, in the last block of its route or the one before
+        for step in range(shortest):
+            if route[step] == blocks:
+                route[step] = (route[step - 1] + 1) % blocks if config.max_repeats or step % 2 else route[step - 1]
+    return torch.tensor(routes)
+
+
+def difficulty_class(pool: RoutePool) -> Tensor:
+    """Return for every token of the vocabulary (V,) whether what follows it is easy, ordinary or hard, each a third of what was read."""
+    mean_V = pool.difficulty_sum / pool.difficulty_count.clamp(min=1e-6)
+    order = mean_V.argsort()
+    below = pool.difficulty_count[order].cumsum(0)
+    share = (below - pool.difficulty_count[order] / 2) / below[-1].clamp(min=1e-6)
+    kind = torch.empty_like(order)
+    kind[order] = (share * 3).long().clamp(0, HARD)
+    return torch.where(pool.difficulty_count > 0, kind, STRAIGHT)
+
+
+@torch.no_grad()
+def note_difficulty(pool: RoutePool, input_ids: Tensor, target_BT: Tensor, loss_N: Tensor, *, rate: float) -> None:
+    """Let the table of mean losses by token forget a share `rate` and learn this batch."""
+    counted_N = target_BT.flatten() >= 0
+    ids = input_ids.flatten()[counted_N]
+    for table, values in ((pool.difficulty_sum, loss_N[counted_N]), (pool.difficulty_count, torch.ones_like(loss_N[counted_N]))):
+        table.mul_(1 - rate).index_add_(0, ids, values.to(table.dtype))

@@ -1,0 +1,134 @@
+"""A batch's way through the pool, and what is learned and measured on it: the seam between the model and its pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from pathlm.models.brian import exits, losses
+from pathlm.models.brian.curriculum import Knobs
+from pathlm.models.brian.memory import PoolMemory
+from pathlm.models.brian.pool import PoolRun, Records, Surroundings
+from pathlm.models.brian.steering import TAUGHT, Steering, note_difficulty, steer
+
+# Shapes: B rows, T tokens, N = B · T, D width, S tokens attended, w watched tokens
+
+
+@dataclass
+class Journey:
+    """What one forward pass asks of the pool, and what came of it."""
+
+    knobs: Knobs | None
+    budget: float | None
+    input_ids: Tensor | None
+    target_BT: Tensor | None
+    segment_BS: Tensor | None
+    trace: bool
+    records: Records = field(default_factory=Records)
+    steering: Steering | None = None
+    after_pool: list[Tensor] = field(default_factory=list)
+    """Hidden states (B, T, D) that entered each block after the pool"""
+    mask: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def threshold(self) -> Tensor:
+        """The gain below which tokens left, () or (N,)."""
+        assert self.steering is not None
+        return self.steering.plan.threshold
+
+    def lessons(self, model: Any, loss_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of what the router is taught, and the metrics; in training also move biases, thresholds and tables."""
+        pool, knobs, plan = model.pool, self.knobs or Knobs(), self._plan
+        assert self.target_BT is not None
+        batch, tokens = self.target_BT.shape
+        present_N = torch.ones_like(loss_N, dtype=torch.bool)
+        if self.segment_BS is not None:
+            present_N = (self.segment_BS[:, -tokens:] >= 0).expand(batch, -1).flatten()
+        ordinary = model.config.pre_blocks + model.config.post_blocks
+        metrics: dict[str, Tensor] = {"route/block_evaluations": loss_N.new_tensor(ordinary + self.records.evaluations / len(loss_N))}
+        total = loss_N.new_zeros(())
+        if self.records.steps:
+            found = losses.Decisions.of(self.records, plan, present_N)
+            wished = knobs.budget if self.budget is None else self.budget
+            budget = pool.budget_default if wished is None else loss_N.new_tensor(wished)
+            for name, value in losses.taught(pool, found, plan, knobs).items():
+                total = total + getattr(knobs, name) * value
+                metrics[f"loss/{name}"] = value.detach().float()
+            metrics |= losses.measured(pool, found, self.records, plan, present_N=present_N, budget=budget)
+            if self.input_ids is not None:
+                correlation = losses.difficulty_correlation(pool, self.records, self.input_ids, present_N)
+                metrics["route/difficulty_correlation"] = correlation
+            if model.training and knobs.load_bias_rate:
+                losses.move_load_bias(pool, found, rate=knobs.load_bias_rate)
+        if plan.watched is not None:
+            value, predicted = self._gain(model, plan.watched)
+            total = total + knobs.exit * value
+            metrics["loss/exit"] = value.detach().float()
+            if knobs.budget is not None:
+                exits.move_thresholds(pool, predicted, budget=knobs.budget, spread=knobs.budget_spread, rate=knobs.threshold_rate)
+        if model.training and knobs.difficulty_rate and self.input_ids is not None:
+            note_difficulty(pool, self.input_ids, self.target_BT, loss_N, rate=knobs.difficulty_rate)
+        return total + _touch(model), metrics
+
+    @property
+    def _plan(self) -> Any:
+        assert self.steering is not None
+        return self.steering.plan
+
+    def _gain(self, model: Any, watched: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of the predicted gains of the watched tokens, and the predictions."""
+        assert self.target_BT is not None and self.rotary is not None
+        if not len(watched):
+            return self.target_BT.new_zeros((), dtype=torch.float32), torch.zeros(0, 0, device=watched.device)
+        target_w = self.target_BT.flatten()[watched]
+        loss_Rw = exits.losses_by_step(model, self.records, watched, target_w, self.after_pool, self.mask, self.rotary)
+        return exits.exit_loss(self.records, watched, loss_Rw, shortest=model.config.min_route_steps)
+
+
+def travel(
+    model: Any,
+    h_BTD: Tensor,
+    journey: Journey,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    memory: Cache | None,
+    *,
+    recompute: bool,
+) -> Tensor:
+    """Send the tokens through the pool and return their hidden states (B, T, D); the journey keeps what happened."""
+    config, pool = model.config, model.pool
+    rows = None if memory is None else memory.layers[config.pre_blocks]
+    if rows is not None and not isinstance(rows, PoolMemory):
+        raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
+    knobs = journey.knobs
+    learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
+    journey.steering = steer(
+        pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,
+        target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
+        record=journey.trace or (learns and _routed(knobs)),
+    )  # fmt: skip
+    blocks = list(model.blocks)[config.pre_blocks : config.pre_blocks + config.pool_blocks]
+    run = PoolRun(pool, blocks, Surroundings(rotary, mask, rows, recompute), journey.steering.plan)
+    h_BTD, p_BTP = run.run(h_BTD)
+    journey.records = run.records
+    return pool.leave(h_BTD, p_BTP)
+
+
+def _routed(knobs: Knobs | None) -> bool:
+    """Whether the router drives or is taught; otherwise it need not run."""
+    return knobs is None or knobs.router_share > 0 or any(getattr(knobs, name) for name in TAUGHT)
+
+
+def _touch(model: Any) -> Tensor:
+    """Return 0, made of every parameter of the pool where several processes train: they exchange the gradients of all, visited or not."""
+    pool = torch.distributed.is_available() and torch.distributed.is_initialized() and model.training
+    if not pool:
+        return torch.zeros((), device=model.pool.load_bias.device)
+    first, last = model.config.pre_blocks, model.config.pre_blocks + model.config.pool_blocks
+    owners = [*model.blocks[first:last], model.pool]
+    return torch.stack([parameter.sum() * 0.0 for owner in owners for parameter in owner.parameters()]).sum()
