@@ -52,6 +52,10 @@ def test_overrides_win_and_are_read_as_toml_or_else_as_text(tmp_path):
         ("optim.betas=[0.9, 1.0]", r"optim\.betas"),
         ("optim.clip=0", r"optim\.clip"),
         ("keep_last=0", "keep_last=0"),
+        ("gates=maybe", "gates"),
+        ("init=", "init='': name a folder"),
+        ("knobs=5", "knobs"),
+        ("stages.route=-1", r"stages=\{'route': -1\.0\}"),
         ("data.length=1", r"data\.length=1"),
         ("data.task_share=1.5", r"data\.task_share=1\.5"),
         ("data.task_share=0.5", r"data\.tasks="),
@@ -63,6 +67,12 @@ def test_overrides_win_and_are_read_as_toml_or_else_as_text(tmp_path):
 def test_what_cannot_be_used_is_named_with_its_value_and_the_rule(tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
         load(write(tmp_path, RECIPE), [change])
+
+
+def test_knobs_and_stages_are_written_in_a_recipe_or_behind_set(tmp_path):
+    found = load(write(tmp_path, RECIPE + '[knobs]\nnoise = 0.5\n"hand-over.noise" = 0.25\n[stages]\nexit = 2\n'), ["knobs.exit.gate=1"])
+    assert found.knobs == {"noise": 0.5, "hand-over.noise": 0.25, "exit": {"gate": 1}}
+    assert found.stages == {"exit": 2.0}
 
 
 def test_a_recipe_that_is_not_toml_and_one_that_is_missing_are_told_apart(tmp_path):

@@ -31,6 +31,8 @@ class DataConfig:
     """Share of rows that come from the tasks, 0 to 1."""
     task_labels: Literal["answer", "answer-end", "all"] = "answer"
     """Which tokens of a sample are targets: its answer, also the end after it, or all."""
+    task_ramp_rows: int = 0
+    """Rows over which the largest number of steps of the training samples grows from `min_k` to `max_k`; 0 is all steps from the start."""
 
     def validate_data(self) -> None:
         """Refuse combinations that cannot be read."""
@@ -41,6 +43,7 @@ class DataConfig:
         )
         _require(bool(self.tasks) == (self.task_share > 0), "data.tasks", self.tasks, f"tasks and task_share={self.task_share} go together")
         _require(all(w > 0 for w in self.tasks.values()), "data.tasks", self.tasks, "weights must be positive")
+        _require(self.task_ramp_rows >= 0, "data.task_ramp_rows", self.task_ramp_rows, "must not be negative")
 
 
 @strict
@@ -90,6 +93,14 @@ class RunConfig:
     seed: int = 0
     curriculum: str = "default"
     """Which of the family's curricula to follow."""
+    knobs: dict[str, Any] = field(default_factory=dict)
+    """Values that replace those of the curriculum: `noise = 0.5` in every stage, `"hand over.noise" = 0.5` in that one."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """Parts of the run that the curriculum's stages get, by name, where they differ from the curriculum's own; 0 leaves a stage out."""
+    gates: Literal["stop", "warn"] = "stop"
+    """What a failing gate at the end of a stage does: stop the run, or only say so."""
+    init: str | None = None
+    """Folder of a run, a checkpoint or a Llama model whose weights the run starts from; None starts from random ones."""
     steps: int = 1000
     batch_tokens: int = 8192
     """Tokens per optimizer step over all processes, a multiple of `data.length`."""
@@ -122,6 +133,8 @@ class RunConfig:
             bool(self.name) and "/" not in self.name and not self.name.startswith("."), "name", self.name, "must be a plain folder name"
         )
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        _require(self.init != "", "init", self.init, "name a folder, or leave it out")
+        _require(all(part >= 0 for part in self.stages.values()), "stages", self.stages, "parts must not be negative")
         rule = f"must be a multiple of data.length={self.data.length}"
         _require(self.batch_tokens % self.data.length == 0, "batch_tokens", self.batch_tokens, rule)
         rule = f"warm-up and decay must fit into steps={self.steps}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pathlm.config import RunConfig, with_options
 from pathlm.models.output import PathOutput
-from pathlm.models.stages import Curriculum, Stage
+from pathlm.models.stages import Curriculum, Gate, Stage
 from pathlm.train.loop import RunResult
 from pathlm.train.run import Job, carry_out
 
@@ -142,8 +142,12 @@ def groups(optim: Any, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def curriculum(steps: int) -> Curriculum:
-    return Curriculum((Stage("warm", 3, FakeKnobs(0.5), FakeKnobs(1.0)), Stage("hot", None, FakeKnobs())))
+def curriculum(
+    steps: int, *, warm: tuple[Gate, ...] = (), hot: tuple[Gate, ...] = (), knobs: Mapping[str, Any] | None = None
+) -> Curriculum:
+    """Two stages: three steps that warm up, then the rest of the run."""
+    stages = (Stage("warm", 3, FakeKnobs(0.5), FakeKnobs(1.0), gates=warm), Stage("hot", None, FakeKnobs(), gates=hot))
+    return Curriculum(stages).with_knobs(knobs or {})
 
 
 def config(tmp_path: Path, **options: Any) -> RunConfig:
@@ -154,17 +158,20 @@ def config(tmp_path: Path, **options: Any) -> RunConfig:
         "data": {"length": 12, "task_share": 1.0, "tasks": {"copy": 1}}, "optim": {"warmup_steps": 2, "lr": 1e-2},
     }  # fmt: skip
     for name, value in options.items():
-        base[name] = base[name] | value if isinstance(value, dict) else value
+        base[name] = base.get(name, {}) | value if isinstance(value, dict) else value
     return with_options(RunConfig, base)
 
 
-def job(run: RunConfig, *, rows: Any = None, validation: Any = "own", model: Any = None, **options: Any) -> Job:
+def job(
+    run: RunConfig, *, rows: Any = None, validation: Any = "own", model: Any = None, gates: Mapping[str, Any] | None = None, **options: Any
+) -> Job:
+    """The fake family's job; `gates` are those of the stages by name."""
     model_config = model or FakeConfig(**options)
     kind = {"fake": FakeModel, "other": OtherModel}[model_config.model_type]
     return Job(
         model_config=model_config,
         build=partial(kind, model_config),
-        curriculum=curriculum,
+        curriculum=partial(curriculum, knobs=run.knobs, **(gates or {})),
         param_groups=partial(groups, run.optim),
         rows=rows or FakeRows(seed=run.seed),
         validation=FakeRows(seed=10_000) if validation == "own" else validation,

@@ -210,9 +210,31 @@ def test_a_run_without_validation_has_no_best_checkpoint(tmp_path):
     assert (result.folder / "checkpoints" / "latest").exists()
 
 
-def test_evaluating_less_often_than_the_run_is_long_evaluates_at_its_end(tmp_path):
+def test_evaluating_less_often_than_the_run_is_long_evaluates_at_the_end_of_its_stages(tmp_path):
     result = go(config(tmp_path, eval_every=1000))
-    assert [row["step"] for row in metrics(result.folder) if "validation/loss" in row] == [8]
+    assert [row["step"] for row in metrics(result.folder) if "validation/loss" in row] == [3, 8]
+
+
+def test_losses_under_other_knobs_do_not_compete_for_the_best(tmp_path, monkeypatch):
+    losses = {1: 1.0, 2: 2.0, 3: 3.0, 4: 5.0, 5: 4.0, 6: 4.5, 7: 3.5, 8: 3.25}  # the heat moves until 3 and stays from there on
+    seen = iter(losses.values())
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"validation/loss": next(seen)})
+    result = go(config(tmp_path, eval_every=1))
+    assert (result.best_validation, (result.folder / "checkpoints" / "best").resolve().name) == (3.0, "step-00000003")
+
+
+class Asking(FakeModel):
+    """Calls halves of its blocks, so that it alone knows what to recompute."""
+
+    def set_activation_checkpointing(self, enabled):
+        self.asked = enabled
+
+
+def test_a_model_that_can_recompute_its_activations_is_asked_to(tmp_path):
+    run = config(tmp_path, activation_checkpointing=True)
+    model = Asking(FakeConfig())
+    parallel.prepare_model(parallel.accelerator(run), model, run)
+    assert model.asked is True and "forward" not in vars(model.cells[0])
 
 
 class Poisoned(FakeModel):

@@ -1,5 +1,6 @@
 """The real family through the public door, on synthetic tasks and on a prepared corpus."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,12 +10,13 @@ import pytest
 import torch
 from reading import metrics
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pathlm.config import RunConfig, with_options
 from pathlm.models.stages import Stage
 from pathlm.text.prepare import prepare, prepare_config
-from pathlm.train import sinks, start
+from pathlm.train import record, sinks, start
 from pathlm.train.state import State
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "pre_blocks": 1, "post_blocks": 1, "num_attention_heads": 2}
@@ -112,6 +114,8 @@ def test_an_empty_validation_split_is_noted_and_skipped(tmp_path):
         ({"model": TINY | {"max_position_embeddings": 32}}, r"data\.length=64: .*max_position_embeddings=32"),
         ({"preset": "plain-huge"}, "preset='plain-huge'"),
         ({"curriculum": "nothing"}, "curriculum='nothing'"),
+        ({"knobs": {"no-such-knob": 1.0}}, "no knob 'no-such-knob'"),
+        ({"knobs": {"no-such-stage.noise": 1.0}}, "no stage 'no-such-stage'"),
         ({"data": {"corpus": "nowhere", "length": 64}}, "nowhere"),
         ({"data": {"task_share": 1.0, "tasks": {"cooking": 1.0}, "length": 64}}, "cooking"),
     ],
@@ -120,6 +124,89 @@ def test_what_cannot_be_trained_is_named_before_anything_is_written(tmp_path, op
     with pytest.raises((ValueError, OSError), match=named):
         start(config(tmp_path, **options), console=quiet())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return start(config(tmp_path_factory.mktemp("finished")), console=quiet()).folder
+
+
+@pytest.fixture
+def begun(tmp_path, finished) -> Path:
+    """A finished run to begin from, and to harm."""
+    return shutil.copytree(finished, tmp_path / "begun", symlinks=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "latest" / "model.safetensors")
+
+
+def test_a_run_begins_with_the_weights_of_another_and_records_which(tmp_path, begun):
+    optim = {"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0.0}  # nothing moves
+    folder = start(config(tmp_path, init=str(begun), optim=optim), console=quiet()).folder
+    place = (begun / "checkpoints" / "best").resolve()
+    torch.testing.assert_close(weights(folder), load_file(place / "model.safetensors"), rtol=0, atol=0)
+    digest = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "run.json").read_text())["init"] == {"checkpoint": str(place), "sha256": digest}
+    assert json.loads((begun / "run.json").read_text())["init"] is None
+
+
+def test_a_plain_run_goes_on_with_a_pool_and_its_stages(tmp_path, begun):
+    pool = TINY | {"pre_blocks": 0, "pool_blocks": 2, "post_blocks": 0, "max_route_steps": 2}
+    run = config(tmp_path, init=str(begun), model=pool, curriculum="route", steps=8, gates="warn", knobs={"exit.budget": 0.9})
+    folder = start(run, console=quiet()).folder
+    rows = metrics(folder)
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    assert len(stages) == 4 and stages[-1] == "exit"
+    judged = [json.loads(line) for line in (folder / "gates.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["stage"] for row in judged)) == stages
+    ends = [max(row["step"] for row in rows if row["stage"] == stage) for stage in stages]
+    assert list(dict.fromkeys(row["step"] for row in judged)) == ends
+    assert all(row["passed"] is not None for row in judged)
+
+
+def test_a_resumed_run_has_the_same_first_weights_wherever_they_are_now(tmp_path, begun):
+    constant = {"schedule": "constant", "warmup_steps": 2}
+    start(config(tmp_path, init=str(begun), optim=constant), console=quiet())
+    shutil.move(begun, tmp_path / "moved")
+    longer = config(tmp_path, init=str(tmp_path / "moved"), steps=6, optim=constant)
+    assert start(longer, resume=True, console=quiet()).step == 6
+    for init in (str(tmp_path / "moved" / "checkpoints" / "step-00000002"), None):
+        with pytest.raises(ValueError, match=r"--resume: init="):
+            start(config(tmp_path, init=init, steps=8, optim=constant), resume=True, console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"init": "nowhere"}, "init='nowhere': model folder 'nowhere' does not exist"),
+        ({"init": "."}, r"init='\.': .*holds no model"),
+        ({"model": TINY | {"hidden_size": 32}}, r"model\.hidden_size=32: .*has 16"),
+        ({"data": {"task_share": 1.0, "tasks": {"pointer": 1.0}, "length": 64}}, "its tokenizer is not that of the data"),
+    ],
+)
+def test_weights_that_cannot_be_begun_from_are_named_before_anything_is_written(tmp_path, begun, options, named, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        start(config(tmp_path, **{"init": str(begun)} | options), console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_weights_is_named(tmp_path, begun):
+    for file in (begun / "checkpoints").rglob("model.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"init=.*holds no weights"):
+        start(config(tmp_path, init=str(begun)), console=quiet())
+
+
+def test_weights_in_several_files_have_one_hash_of_all(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    (tmp_path / "b.safetensors").write_bytes(b"b")
+    both = record.weights_digest(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes(b"c")
+    assert record.weights_digest(tmp_path) != both
+    (tmp_path / "b.safetensors").unlink()
+    assert record.weights_digest(tmp_path) == hashlib.sha256(b"a").hexdigest()
 
 
 def test_a_larger_vocabulary_than_the_tokenizer_is_kept(tmp_path):

@@ -11,8 +11,9 @@ FAMILIES = ("brian",)
 def family(model_type: str) -> ModuleType:
     """Return the package of a family by its `model_type`.
 
-    Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps)`, `param_groups(model, optim)` and
-    `paths(output, tokenizer)`. Raises `ValueError` for a family that does not exist.
+    Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps, knobs=…, stages=…, config=…)`,
+    `param_groups(model, optim)`, `start_from(folder, config)` and `paths(output, tokenizer)`. Raises `ValueError` for a family that does
+    not exist.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")

@@ -21,6 +21,8 @@ from pathlm.train.state import State, random_state, restore_random_state, seed_e
 
 FORMAT = 1
 TRAINING_STATE = "training_state.pt"
+LOGS = ("metrics.jsonl", "gates.jsonl")
+"""Files of a run that a checkpoint makes durable: it stands for their rows up to its step."""
 REQUIRED = ("config.json", "model.safetensors", TRAINING_STATE)
 UNFINISHED = (".writing-", ".removing-", ".link-")
 
@@ -80,8 +82,8 @@ def _write(run: Path, target: Path, model: Any, weights: dict[str, Any], content
         torch.save(content, hidden / TRAINING_STATE)
         if (run / "run.json").is_file():
             shutil.copyfile(run / "run.json", hidden / "run.json")
-        metrics = run / "metrics.jsonl"
-        for file in [*hidden.rglob("*"), hidden, *([metrics] if metrics.is_file() else [])]:
+        logs = [run / name for name in LOGS if (run / name).is_file()]
+        for file in [*hidden.rglob("*"), hidden, *logs]:
             _flush(file)
     except Exception:
         shutil.rmtree(hidden, ignore_errors=True)

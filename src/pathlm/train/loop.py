@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pathlm.config import RunConfig, RunError
-from pathlm.train import batches, checkpoint, optim, parallel
+from pathlm.train import batches, checkpoint, gates, optim, parallel
 from pathlm.train.hardware import Clock
 from pathlm.train.interrupt import Interrupt
 from pathlm.train.sinks import VALIDATION, Sink
@@ -53,19 +53,18 @@ def train(
     param_groups: Callable[[Any], list[dict[str, Any]]],
     config: RunConfig,
     sinks: Sequence[Sink],
+    tell_gates: gates.Tell | None = None,
 ) -> RunResult:
     """Train `model` on `rows` from the newest checkpoint of the run's folder, or from the beginning, up to `config.steps`.
 
     `rows` and `validation` (or None) answer `batch(start, count)`, `describe(batch)` and `tokenizer()`; `curriculum.at(step)` returns
-    the stage and its knobs; `param_groups(model)` the optimizer's groups. Raises `RunError` when a number is not finite, before the
-    weights are touched, and when a checkpoint cannot be written.
+    the stage and its knobs, `curriculum.ends(step)` whether a stage ends; `param_groups(model)` the optimizer's groups. Raises `RunError`
+    when a number is not finite, before the weights are touched, when a stage fails a gate, and when a checkpoint cannot be written.
     """
     called = parallel.prepare_model(acc, model, config)
     optimizer = optim.adamw(param_groups(model), config.optim)
-    seed_everything(config.seed, acc.process_index)
-    folder = config.folder / "checkpoints"
-    at = checkpoint.newest(folder)
-    state = State() if at is None else checkpoint.restore(acc, checkpoint.path(folder, at), called, optimizer, seed=config.seed)
+    state = _restored(acc, called, optimizer, config)
+    gates.check(state, curriculum, config)  # what failed before a resume fails again
     share = batches.Share(acc.process_index, acc.num_processes, config.micro_rows)
     count = config.batch_tokens // config.data.length
     clock = Clock(model, config, device=acc.device, processes=acc.num_processes if acc.is_main_process else 0)
@@ -82,20 +81,25 @@ def train(
             metrics, stop = step(acc, called, optimizer, batch, knobs, clip=config.optim.clip, interrupt=interrupt)
             if not (math.isfinite(metrics["loss/total"]) and math.isfinite(metrics["optim/grad_norm"])):
                 ahead.close()  # rows answer one question at a time
-                raise RunError(_diagnose(acc, rows, batch, metrics, state.step + 1, folder))
+                raise RunError(_diagnose(acc, rows, batch, metrics, state.step + 1, config.folder / "checkpoints"))
             optimizer.step()
             state.advance(count, config.batch_tokens)
             _tell(sinks, state, stage, metrics | {"optim/lr": lr} | clock.stop(), model)
-            last = state.step == config.steps
-            save = last or state.step % config.save_every == 0
-            if validation is not None and (last or state.step % config.eval_every == 0):
+            ended = gates.stage_ends(curriculum, state, config)
+            save = ended or state.step % config.save_every == 0
+            measured: dict[str, float] = {}
+            if validation is not None and (ended or state.step % config.eval_every == 0):
                 measured = validate(acc, called, validation, config, knobs)
-                save |= state.note_validation(measured[VALIDATION])
+                comparable = state.best_step is None or curriculum.at(state.best_step - 1)[1] == knobs
+                save |= state.note_validation(measured[VALIDATION], comparable=comparable)
                 _tell(sinks, state, stage, measured, model)
+            if ended:
+                gates.close(stage, measured, state, more=curriculum.ends(state.step - 1), tell=tell_gates)
             # Processes must agree when to stop: with several of them a signal counts once it went through a step's sum.
             stop = stop if acc.num_processes > 1 else interrupt.number
             if save or stop:
                 checkpoint.save(acc, config.folder, called, optimizer, state, tokenizer=tokenizer, keep_last=config.keep_last)
+            gates.check(state, curriculum, config)
             if stop:
                 break
             clock.start()
@@ -156,6 +160,14 @@ def validate(acc: Accelerator, model: nn.Module, rows: Any, config: RunConfig, k
     loss = found.pop("loss/lm", total)
     rest = {f"validation/{name}": value for name, value in found.items()}
     return {VALIDATION: loss, **rest, "time/validation_s": time.perf_counter() - began}
+
+
+def _restored(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> State:
+    """Bring model, optimizer and random generators to where the run's newest checkpoint left them, or to the beginning."""
+    seed_everything(config.seed, acc.process_index)
+    folder = config.folder / "checkpoints"
+    at = checkpoint.newest(folder)
+    return State() if at is None else checkpoint.restore(acc, checkpoint.path(folder, at), model, optimizer, seed=config.seed)
 
 
 def _forward(acc: Accelerator, model: nn.Module, micro: Mapping[str, Tensor], knobs: Any) -> Any:

@@ -48,7 +48,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep only the inputs of every block during training and compute its inside again in the backward pass."""
+    """Keep only the inputs of every block during training and compute its inside again in the backward pass.
+
+    A model that has `set_activation_checkpointing(enabled)` does it itself, since it may not call its blocks as a whole.
+    """
+    itself: Any = getattr(model, "set_activation_checkpointing", None)
+    if itself is not None:
+        itself(True)
+        return
     found = blocks(model)
     if not found:
         raise ValueError(f"activation_checkpointing=True: {type(model).__name__} names no blocks in _no_split_modules")

@@ -20,15 +20,15 @@ from pathlm.config import DataConfig, RunConfig, with_options
 from pathlm.train.optim import first_difference, learning_rate
 
 FORMAT = 1
-RHYTHM = {"name", "out", "preset", "steps", "eval_every", "save_every", "keep_last", "log_every", "tensorboard"}
+RHYTHM = {"name", "out", "preset", "steps", "eval_every", "save_every", "keep_last", "log_every", "tensorboard", "gates"}
 """Options that a resumed run may change without changing any number; `steps` has a rule of its own."""
 EXECUTION = {"micro_rows", "compile", "activation_checkpointing", "strategy", "unused_parameters"}
 """Options that a resumed run may change and that change its numbers by rounding only."""
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
 
 
-def describe(config: RunConfig, model_config: Any, *, device: str, processes: int) -> dict[str, Any]:
-    """Return the content of `run.json` for a new run."""
+def describe(config: RunConfig, model_config: Any, *, device: str, processes: int, init: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the content of `run.json` for a new run; `init` tells where its first weights come from."""
     architecture = {name: value for name, value in model_config.to_dict().items() if name not in VOLATILE}
     record = {
         "format": FORMAT,
@@ -36,6 +36,7 @@ def describe(config: RunConfig, model_config: Any, *, device: str, processes: in
         "config": config.to_dict(),
         "model": architecture,
         "corpus_sha256": corpus_digest(config.data),
+        "init": init,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed": [],
         "device": device,
@@ -57,6 +58,20 @@ def corpus_digest(data: DataConfig) -> str | None:
         return None
     file = Path(data.corpus) / "manifest.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the hash of the weights in a folder: that of the file, or of the list of names and hashes where there are several."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ValueError(f"{folder} holds no weights: neither .safetensors nor .bin")
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    if len(files) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests)).encode()).hexdigest()
 
 
 def write(file: Path, record: Mapping[str, Any]) -> None:
@@ -122,4 +137,5 @@ def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     config.pop("model")
     flat = config | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     flat["data.corpus"] = record["corpus_sha256"]
+    flat["init"] = (record.get("init") or {}).get("sha256")
     return {name: value for name, value in flat.items() if name not in RHYTHM | EXECUTION}

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from pathlm.config import RunConfig
-from pathlm.train import checkpoint, parallel, record, sinks
+from pathlm.evaluate.checkpoint import find_checkpoint
+from pathlm.train import checkpoint, gates, parallel, record, sinks
 from pathlm.train.loop import RunResult, train
-from pathlm.train.state import seed_everything
+from pathlm.train.state import State, seed_everything
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Job:
 
     model_config: Any
     build: Callable[[], Any]
-    """Returns the freshly initialised model."""
+    """Returns the model a run begins with: freshly initialised, or with the weights that `init` tells of."""
     curriculum: Callable[[int], Any]
     """Returns the curriculum of a run of so many steps."""
     param_groups: Callable[[Any], list[dict[str, Any]]]
     rows: Any
     validation: Any = None
     notes: tuple[str, ...] = ()
+    init: dict[str, str] | None = None
+    """The checkpoint whose weights the run starts from, and their sha256."""
 
 
 def start(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
@@ -50,7 +53,12 @@ def resolve(config: RunConfig) -> Job:
     from pathlm.models import family, library
     from pathlm.text.mixture import open_rows
 
-    library.preset(config.preset, **config.model)  # a typo in a recipe is told before a large corpus is opened
+    # A typo in a recipe is told before a large corpus is opened.
+    model_config = library.preset(config.preset, **config.model)
+    package = family(model_config.model_type)
+    curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
+    curriculum(config.steps, config=model_config)
+    init = _find_init(config)
     rows = open_rows(config.data, "train", seed=config.seed)
     validation = None
     notes: tuple[str, ...] = ()
@@ -60,16 +68,40 @@ def resolve(config: RunConfig) -> Job:
     except ValueError as error:
         notes = (f"no validation: {error}",)
     model_config = fit_to_rows(config, rows, library.preset)
-    package = family(model_config.model_type)
+    if init is not None:
+        _check_tokenizer(config, init["checkpoint"], rows.tokenizer())
     return Job(
         model_config=model_config,
-        build=partial(library.build, model_config),
-        curriculum=partial(package.curriculum, config.curriculum),
+        build=partial(package.start_from, Path(init["checkpoint"]), model_config) if init else partial(library.build, model_config),
+        curriculum=partial(curriculum, config=model_config),
         param_groups=partial(package.param_groups, optim=config.optim),
         rows=rows,
         validation=validation,
         notes=notes,
+        init=init,
     )
+
+
+def _find_init(config: RunConfig) -> dict[str, str] | None:
+    """Return where the weights are that `init` names (in a run: its best checkpoint, else its latest), and their hash."""
+    if config.init is None:
+        return None
+    try:
+        place = find_checkpoint(config.init)
+        return {"checkpoint": str(place), "sha256": record.weights_digest(place)}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init={config.init!r}: {error}") from error
+
+
+def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:
+    """Refuse weights that were trained on tokens of another tokenizer, where a tokenizer lies beside them."""
+    from transformers import AutoTokenizer
+
+    if not (Path(place) / "tokenizer_config.json").is_file():
+        return
+    if AutoTokenizer.from_pretrained(place, local_files_only=True).get_vocab() != tokenizer.get_vocab():
+        rule = "its tokenizer is not that of the data; prepare the corpus with it (pathlm prepare --tokenizer)"
+        raise ValueError(f"init={config.init!r}: {rule}")
 
 
 def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any]) -> Any:
@@ -94,20 +126,21 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
     curriculum = job.curriculum(config.steps)
     found = _existing(config, job, acc, resume=resume)
     at = checkpoint.newest(config.folder / "checkpoints") or 0
+    seed_everything(config.seed)
+    model = job.build() if at < config.steps else None  # before anything is written: weights of `init` may not fit
     acc.wait_for_everyone()  # nobody writes before everybody has looked
     if acc.is_main_process:
         _prepare_folder(config, job, acc, found, at)
     acc.wait_for_everyone()
     for note in job.notes:
         _say(console, f"note: {note}")
-    if at >= config.steps:
+    if model is None:
+        result = _finished(config, curriculum, at)
         _say(console, f"{config.folder} is finished: step {at} of {config.steps}. Nothing to do.")
-        return _finished(config.folder, at)
+        return result
     if resume:
         _say(console, f"continuing {config.folder} from step {at}" if at else f"no checkpoint in {config.folder} yet: beginning at step 0")
 
-    seed_everything(config.seed)
-    model = job.build()
     parameters = sum(p.numel() for p in model.parameters())
     _say(
         console,
@@ -123,6 +156,7 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
             param_groups=job.param_groups,
             config=config,
             sinks=[stack.enter_context(sink) for sink in _sinks(config, console, at)] if acc.is_main_process else [],
+            tell_gates=gates.reporter(config.folder, partial(_say, console), steps=config.steps) if acc.is_main_process else None,
         )
     _say(console, _farewell(config, result))
     return result
@@ -162,7 +196,7 @@ def _existing(config: RunConfig, job: Job, acc: Accelerator, *, resume: bool) ->
 
 
 def _record(config: RunConfig, job: Job, acc: Accelerator) -> dict[str, Any]:
-    return record.describe(config, job.model_config, device=_where(acc), processes=acc.num_processes)
+    return record.describe(config, job.model_config, device=_where(acc), processes=acc.num_processes, init=job.init)
 
 
 def _prepare_folder(config: RunConfig, job: Job, acc: Accelerator, found: dict[str, Any] | None, at: int) -> None:
@@ -176,7 +210,8 @@ def _prepare_folder(config: RunConfig, job: Job, acc: Accelerator, found: dict[s
         }
     record.write(config.folder / "run.json", new)
     checkpoint.clean(config.folder / "checkpoints")
-    sinks.truncate(config.folder / "metrics.jsonl", at)
+    for log in checkpoint.LOGS:
+        sinks.truncate(config.folder / log, at)
 
 
 def _sinks(config: RunConfig, console: Console, at: int) -> list[Any]:
@@ -184,9 +219,10 @@ def _sinks(config: RunConfig, console: Console, at: int) -> list[Any]:
     return [*found, sinks.tensorboard(config.folder / "tensorboard", config, start=at)] if config.tensorboard else found
 
 
-def _finished(folder: Path, at: int) -> RunResult:
-    state = checkpoint.read(checkpoint.path(folder / "checkpoints", at))["state"]
-    return RunResult(folder, at, state["tokens"], state["best_validation"], state["last_validation"], finished_before=True)
+def _finished(config: RunConfig, curriculum: Any, at: int) -> RunResult:
+    state = State(**checkpoint.read(checkpoint.path(config.folder / "checkpoints", at))["state"])
+    gates.check(state, curriculum, config)
+    return RunResult(config.folder, at, state.tokens, state.best_validation, state.last_validation, finished_before=True)
 
 
 def _farewell(config: RunConfig, result: RunResult) -> str:

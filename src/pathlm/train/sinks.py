@@ -9,10 +9,10 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,16 +40,20 @@ def jsonl(file: Path, config: RunConfig) -> Iterator[Sink]:
             if not wanted(config, state, metrics):
                 return
             row = {"step": state.step, "tokens": state.tokens, "stage": stage.name}
-            row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            line = (json.dumps(row) + "\n").encode()
-            try:
-                if out.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                advice = "make room and continue with --resume"
-                raise RunError(f"{file} could not be written at step {state.step}: {error.strerror}; {advice}") from error
+            append(out, file, [row | {name: value if math.isfinite(value) else None for name, value in metrics.items()}])
 
         yield sink
+
+
+def append(out: IO[bytes], file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows, which have a `step`, to a JSON-lines file that is open without a buffer. Raises `RunError` on a full disk."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    try:
+        if out.write(lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        advice = "make room and continue with --resume"
+        raise RunError(f"{file} could not be written at step {rows[0]['step']}: {error.strerror}; {advice}") from error
 
 
 def truncate(file: Path, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,25 @@ class State:
     best_validation: float | None = None
     best_step: int | None = None
     last_validation: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    """What an evaluation measured at the end of the last finished stage; relative gates compare with it."""
+    failed: list[str] = field(default_factory=list)
+    """What the gates said that failed at the end of a stage, if one ended with this very step."""
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count one finished step."""
         self.step += 1
         self.next_row += rows
         self.tokens += tokens
+        self.failed = []
 
-    def note_validation(self, loss: float) -> bool:
-        """Remember a validation loss; return whether it is the best so far. One that is not a number never is."""
+    def note_validation(self, loss: float, *, comparable: bool = True) -> bool:
+        """Remember a validation loss; return whether it is the best so far. One that is not a number never is.
+
+        When it is not `comparable` with the best before, because it was measured with other knobs, the search for the best begins anew.
+        """
         self.last_validation = loss
-        if not math.isfinite(loss) or (self.best_validation is not None and loss >= self.best_validation):
+        if not math.isfinite(loss) or (comparable and self.best_validation is not None and loss >= self.best_validation):
             return False
         self.best_validation, self.best_step = loss, self.step
         return True
