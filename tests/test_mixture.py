@@ -55,6 +55,16 @@ def test_the_end_is_a_target_when_asked_for(labels, counted):
         assert (found[-1] == ids[-1]) == bool(counted)
 
 
+@pytest.mark.parametrize(("labels", "counted"), [("answer", 0), ("answer-end", 1)])
+def test_of_several_questions_every_answer_is_a_target_and_no_other_word(labels, counted):
+    made = rows({"pointer:nodes=13,encoding=pair,questions=5": 1.0}, labels=labels)
+    for _, ids, found in documents(made.batch(0, 4)):
+        words = made.tokenizer().convert_ids_to_tokens(ids)
+        first = words.index(":") + 3
+        targets = [*range(first, first + 5 * 3, 3), *([len(ids) - 1] * counted)]
+        assert np.flatnonzero(found != IGNORE).tolist() == targets and (found[targets] == ids[targets]).all()
+
+
 def test_all_tokens_but_the_first_are_targets_when_asked_for():
     for _, ids, found in documents(rows(labels="all").batch(0, 4)):
         assert found[0] == IGNORE and (found[1:] == ids[1:]).all()

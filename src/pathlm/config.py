@@ -31,8 +31,6 @@ class DataConfig:
     """Share of rows that come from the tasks, 0 to 1."""
     task_labels: Literal["answer", "answer-end", "all"] = "answer"
     """Which tokens of a sample are targets: its answer, also the end after it, or all."""
-    task_ramp_rows: int = 0
-    """Rows over which the largest number of steps of the training samples grows from `min_k` to `max_k`; 0 is all steps from the start."""
 
     def validate_data(self) -> None:
         """Refuse combinations that cannot be read."""
@@ -43,7 +41,6 @@ class DataConfig:
         )
         _require(bool(self.tasks) == (self.task_share > 0), "data.tasks", self.tasks, f"tasks and task_share={self.task_share} go together")
         _require(all(w > 0 for w in self.tasks.values()), "data.tasks", self.tasks, "weights must be positive")
-        _require(self.task_ramp_rows >= 0, "data.task_ramp_rows", self.task_ramp_rows, "must not be negative")
 
 
 @strict

@@ -129,6 +129,19 @@ def chase(rest: str, *, moves: bool) -> tuple[list[str], int]:
     return word, int(k)
 
 
+def chase_all(text: str) -> list[tuple[tuple[str, ...], int]]:
+    """Return the answer and the number of steps of every question about one map, read off the whole sample."""
+    stated, _, asked = text.removeprefix("pointer ").partition(" : ")
+    successor = read_map(stated)
+    words, found = asked.split(), []
+    assert len(words) % 3 == 0
+    for k, node in zip(words[::3], words[1::3], strict=True):
+        for _ in range(int(k)):
+            node = successor[node]
+        found.append(((node,), int(k)))
+    return found
+
+
 def compose(rest: str) -> tuple[list[str], int]:
     first, _, second = rest.partition(" : ")
     question, stated = (first, second) if first.startswith("start") else (second, first)
@@ -148,6 +161,31 @@ def test_answers_and_steps_follow_from_the_text_alone(spec, index, seed, split):
     answer, k = solve(sample.text)
     assert (list(sample.answer), sample.k) == (answer, k)
     assert sample.task == spec.split(":")[0]
+
+
+DENSE = [
+    "pointer:questions=5",
+    "pointer:encoding=pair,alphabet=13,nodes=13,questions=16",
+    "pointer:order=sorted,questions=2,min_k=2,max_k=4",
+]
+
+
+@pytest.mark.parametrize("spec", DENSE)
+@settings(max_examples=60, deadline=None)
+@given(index=st.integers(0, 2**64 - 1), seed=st.integers(0, 2**32), split=st.sampled_from(["train", "validation", "test"]))
+def test_every_question_about_a_map_has_the_answer_and_the_steps_that_follow_from_the_text(spec, index, seed, split):
+    stream = samples(spec, split, seed=seed)
+    sample = stream.sample(index)
+    assert [(question.answer, question.k) for question in sample.questions] == chase_all(sample.text)
+    assert len(sample.questions) == stream.task.questions and sample.k == sample.questions[0].k
+    written = sample.text.split()
+    assert len(written) == stream.task.longest() and set(stream.task.words()).issuperset(written)
+
+
+def test_further_questions_draw_their_steps_evenly_whatever_the_first_is():
+    stream = samples("pointer:questions=5")
+    drawn = [question.k for index in range(300) for question in stream.sample(index, k=6).more]
+    assert {k: drawn.count(k) for k in range(1, 7)} == pytest.approx(dict.fromkeys(range(1, 7), 200), abs=60)
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -218,6 +256,7 @@ def test_open_task_reads_options_from_the_name_and_from_keywords_alike():
         ("pointer:nodes", r"'nodes' must have the form name=value"),
         ("pointer:max_k=0", r"max_k=0: must not be below min_k=1"),
         ("pointer:min_k=0", r"min_k=0: must be at least 1"),
+        ("pointer:questions=0", r"questions=0: must be at least 1"),
         ("copy:min_length=9,max_length=8", r"max_length=8: must not be below min_length=9"),
         ("copy:alphabet=1", r"alphabet=1: must lie between 2"),
         ("arithmetic:modulus=10", r"modulus=10: must be a prime number"),

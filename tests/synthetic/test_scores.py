@@ -64,6 +64,20 @@ def test_every_k_gets_its_own_row_and_may_be_chosen():
         score(lambda row, length: None, samples=0)
 
 
+def test_every_question_of_a_sample_counts_for_its_own_k():
+    spec = "pointer:questions=4,max_k=2"
+    drawn = [samples(spec, "test").sample(i, k=k) for k in (1, 2) for i in range(10)]
+    asked = [question.k for sample in drawn for question in sample.questions]
+    found = score(lambda row, length: None, spec=spec)
+    assert [(s.k, s.samples, s.correct) for s in found] == [(k, asked.count(k), asked.count(k)) for k in (1, 2)]
+
+    def spoil_last(row, length):
+        row[length - 2] = 0
+
+    lost = [sum(sample.more[-1].k == k for sample in drawn) for k in (1, 2)]
+    assert [s.samples - s.correct for s in score(spoil_last, spec=spec)] == lost
+
+
 def test_a_teacher_forced_hit_is_what_greedy_generation_writes():
     torch.manual_seed(0)
     task = open_task("reverse:max_length=4")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pathlm.evaluate.checkpoint import evaluating
-from pathlm.text.synthetic import SampleStream, open_task
+from pathlm.text.synthetic import SampleStream, Task, open_task
 from pathlm.text.synthetic.words import EncodedSample, SampleEncoder
 
 
@@ -25,6 +25,7 @@ class TaskScore:
     k: int
     correct: int
     samples: int
+    """Answers that were scored; a sample has several where its task asks several questions."""
     accuracy: float
     low: float
     """Lower end of the 95 % interval of the accuracy (Wilson, 1927)."""
@@ -54,7 +55,8 @@ def score_tasks(
     """Score a causal language model on `samples` samples of every task and k; `tasks` are names with options.
 
     The answer is given to the model token by token and each of its tokens must be the likeliest where it is due (teacher-forced greedy):
-    the whole answer is right exactly when greedy decoding would have written it. `ks` limits the numbers of steps. The model's mode is left
+    the whole answer is right exactly when greedy decoding would have written it. `ks` limits the numbers of steps. Where a task asks
+    several questions a sample, every question counts for its own k, and the answers before it are the right ones. The model's mode is left
     as it was.
     """
     if samples < 1:
@@ -66,28 +68,37 @@ def score_tasks(
     with evaluating(model):
         for task in opened:
             stream = SampleStream(task, split, seed=seed)
-            for k in (k for k in task.ks if asked is None or k in asked):
-                encoded = [encode(stream.sample(index, k=k)) for index in range(samples)]
-                batches = [encoded[start : start + batch_size] for start in range(0, samples, batch_size)]
-                hits = [hit for batch in batches for hit in answer_hits(model, batch, pad_id=encode.pad_id)]
-                exact = sum(bool(hit.all()) for hit in hits)
-                share = float(torch.cat(hits).double().mean())
-                scores.append(TaskScore(task.spec, k, exact, samples, exact / samples, *interval(exact, samples), share, task.held_out(k)))
+            wanted = [k for k in task.ks if asked is None or k in asked]
+            hits: dict[int, list[Tensor]] = {k: [] for k in task.ks}
+            drawn = [stream.sample(index, k=k) for k in wanted for index in range(samples)]
+            for start in range(0, len(drawn), batch_size):
+                batch = drawn[start : start + batch_size]
+                found = answer_hits(model, [encode(sample) for sample in batch], pad_id=encode.pad_id)
+                for question, hit in zip((q for sample in batch for q in sample.questions), found, strict=True):
+                    hits[question.k].append(hit)
+            scores += [_score(task, k, hits[k]) for k in wanted]
     return scores
 
 
+def _score(task: Task, k: int, hits: list[Tensor]) -> TaskScore:
+    exact, total = sum(bool(hit.all()) for hit in hits), len(hits)
+    share = float(torch.cat(hits).double().mean())
+    return TaskScore(task.spec, k, exact, total, exact / total, *interval(exact, total), share, task.held_out(k))
+
+
 def answer_hits(model: Any, encoded: list[EncodedSample], *, pad_id: int) -> list[Tensor]:
-    """Return, for each sample, which of its answer tokens are the model's likeliest: boolean, (answer tokens,)."""
-    longest = max(sample.stop for sample in encoded)
+    """Return, for each answer of each sample in order, which of its tokens are the model's likeliest: boolean, (answer tokens,)."""
+    lengths = [sample.answers[-1][1] for sample in encoded]
+    longest = max(lengths)
     device = next(model.parameters()).device
     input_ids = torch.full((len(encoded), longest), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    for i, sample in enumerate(encoded):
-        input_ids[i, : sample.stop] = torch.tensor(sample.ids[: sample.stop])
-        attention_mask[i, : sample.stop] = 1
+    for i, (sample, length) in enumerate(zip(encoded, lengths, strict=True)):
+        input_ids[i, :length] = torch.tensor(sample.ids[:length])
+        attention_mask[i, :length] = 1
     best = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits.argmax(dim=-1).cpu()
-    pairs = zip(encoded, best, input_ids, strict=True)
-    return [likeliest[s.start - 1 : s.stop - 1] == ids[s.start : s.stop] for s, likeliest, ids in pairs]
+    rows = zip(encoded, best, input_ids, strict=True)
+    return [likeliest[start - 1 : stop - 1] == ids[start:stop] for s, likeliest, ids in rows for start, stop in s.answers]
 
 
 def interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:

@@ -149,8 +149,9 @@ class TaskRows:
                     break
             ids[row, at : at + size] = encoded.ids
             documents[row, at : at + size] = TASK_DOCUMENTS + index
-            first, last = {"answer": (encoded.start, encoded.stop), "answer-end": (encoded.start, size), "all": (1, size)}[self._labels]
-            labels[row, at + first : at + last] = encoded.ids[first:last]
+            end = (size - 1, size)
+            for first, last in {"answer": encoded.answers, "answer-end": (*encoded.answers, end), "all": ((1, size),)}[self._labels]:
+                labels[row, at + first : at + last] = encoded.ids[first:last]
             at += size
         return {"input_ids": ids, "labels": labels, "document_ids": documents}
 

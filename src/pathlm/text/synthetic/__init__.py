@@ -6,9 +6,9 @@ from typing import Any, get_args
 from pathlm.config import with_options
 from pathlm.text.synthetic.sequences import Brackets, Copy, Reverse, Transform
 from pathlm.text.synthetic.steps import Arithmetic, Compose, Pointer, Repeat, Rewrite
-from pathlm.text.synthetic.task import SPLITS, Sample, SampleStream, Task
+from pathlm.text.synthetic.task import SPLITS, Question, Sample, SampleStream, Task
 
-__all__ = ["SPLITS", "TASKS", "Sample", "SampleStream", "Task", "open_task", "samples"]
+__all__ = ["SPLITS", "TASKS", "Question", "Sample", "SampleStream", "Task", "open_task", "samples"]
 
 TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Copy, Reverse, Transform, Brackets, Arithmetic, Rewrite, Repeat, Pointer, Compose)

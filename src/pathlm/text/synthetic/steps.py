@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from pathlm.text.synthetic.draws import Draws
-from pathlm.text.synthetic.task import Draft, Task, require, require_alphabet, require_steps, symbols
+from pathlm.text.synthetic.task import Draft, Question, Task, require, require_alphabet, require_steps, symbols
 
 
 @strict
@@ -189,23 +189,42 @@ class MapTask(StepTask):
 class Pointer(MapTask):
     """`pointer a > c c > b b > a : a times 1 =` → `c`: follow the stated map k times.
 
-    difficulty is the number of pairs. k look-ups are needed one after another by whatever acts only where the question stands; a network
-    that already composes the map at the places of its pairs can double the reach per layer, as far as causality lets one pair see the
-    other.
+    More than one question is asked as number of hops and start, each with its answer: `pointer a > c c > b b > a : 1 a c 1 b a`. The answer
+    follows right on the start, so one more word is a target for every three. difficulty is the number of pairs.
+
+    k look-ups are needed one after another by whatever acts only where the question stands; a network that already composes the map at the
+    places of its pairs can double the reach per layer, as far as causality lets one pair see the other.
     """
 
     name: ClassVar[str] = "pointer"
+    questions: int = 1
+    """Questions about one map; all but the first draw a number of hops of their own."""
+
+    def validate_questions(self) -> None:
+        """Refuse samples that ask nothing."""
+        require(self.questions >= 1, "questions", self.questions, "must be at least 1")
 
     def write(self, draws: Draws, k: int) -> Draft:
-        """State a cycle, a start and a number of hops."""
+        """State a cycle, and a start and a number of hops for every question."""
         cycle, successor = single_cycle(draws, symbols(self.alphabet), self.nodes)
         start = draws.below(self.nodes)
-        prompt = [self.name, *self.stated(draws, successor), ":", cycle[start], "times", str(k), "="]
-        return Draft(prompt, [cycle[(start + k) % self.nodes]], self.nodes)
+        prompt = [self.name, *self.stated(draws, successor), ":"]
+        answer = cycle[(start + k) % self.nodes]
+        if self.questions == 1:
+            return Draft([*prompt, cycle[start], "times", str(k), "="], [answer], self.nodes)
+        more = []
+        for _ in range(self.questions - 1):
+            hops, first = draws.between(self.min_k, self.max_k), draws.below(self.nodes)
+            more.append(Question((str(hops), cycle[first]), (cycle[(first + hops) % self.nodes],), hops))
+        return Draft([*prompt, str(k), cycle[start]], [answer], self.nodes, tuple(more), len(prompt))
+
+    def words(self) -> list[str]:
+        """Return the words of the map, without the frame of a single question where there are several."""
+        return [word for word in super().words() if self.questions == 1 or word not in ("=", "times")]
 
     def longest(self) -> int:
-        """Return the frame, the map, the question and the answer."""
-        return self.map_length() + 7
+        """Return the frame, the map, and the questions with their answers."""
+        return self.map_length() + (7 if self.questions == 1 else 2 + 3 * self.questions)
 
 
 @strict

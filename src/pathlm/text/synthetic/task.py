@@ -16,9 +16,17 @@ _BUCKETS = {"train": frozenset(range(6)), "validation": frozenset({6}), "test": 
 _ATTEMPTS = 1000
 
 
+class Question(NamedTuple):
+    """Words that ask for something, the words of the only answer, and the sequential steps that it needs."""
+
+    prompt: tuple[str, ...]
+    answer: tuple[str, ...]
+    k: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question with its only answer, as words."""
+    """One question with its only answer, as words; some tasks go on with further questions about the same prompt."""
 
     task: str
     """The task's name, without options."""
@@ -28,11 +36,18 @@ class Sample:
     """Size of the instance; what is counted depends on the task."""
     k: int
     """Sequential steps that the answer needs, as the task defines them."""
+    more: tuple[Question, ...] = ()
+    """Further questions in the order in which they are asked, each with steps of its own."""
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """Every question: the prompt with its answer, then the further ones."""
+        return (Question(self.prompt, self.answer, self.k), *self.more)
 
     @property
     def text(self) -> str:
         """The sample as one line of text."""
-        return " ".join((*self.prompt, *self.answer))
+        return " ".join(word for question in self.questions for word in (*question.prompt, *question.answer))
 
 
 class Draft(NamedTuple):
@@ -41,6 +56,9 @@ class Draft(NamedTuple):
     prompt: list[str]
     answer: list[str]
     difficulty: int
+    more: tuple[Question, ...] = ()
+    shared: int | None = None
+    """How many of the prompt's first words decide the split: those that further questions are about too. None is all of them."""
 
 
 class Task(ABC):
@@ -63,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def longest(self) -> int:
-        """Words in the longest sample, prompt and answer together."""
+        """Words in the longest sample, prompts and answers together."""
 
     @abstractmethod
     def prompts(self, k: int) -> int:
@@ -93,7 +111,7 @@ class SampleStream:
         self._held_out = {k: task.held_out(k) for k in task.ks}
 
     def sample(self, index: int, *, k: int | None = None) -> Sample:
-        """Return sample `index`, whose number of steps is drawn uniformly unless `k` fixes it."""
+        """Return sample `index`, whose number of steps is drawn uniformly unless `k` fixes it. Further questions draw theirs."""
         draws, task = self._draws, self.task
         draws.seek(index)
         drawn = task.ks.start + draws.below(len(task.ks))
@@ -103,8 +121,8 @@ class SampleStream:
             raise ValueError(f"k={k}: {task.spec} has samples with k from {task.ks[0]} to {task.ks[-1]}")
         for _ in range(_ATTEMPTS):
             draft = task.write(draws, k)
-            if not self._held_out[k] or _bucket(draft.prompt) in self._buckets:
-                return Sample(task.name, tuple(draft.prompt), tuple(draft.answer), draft.difficulty, k)
+            if not self._held_out[k] or _bucket(draft.prompt[: draft.shared]) in self._buckets:
+                return Sample(task.name, tuple(draft.prompt), tuple(draft.answer), draft.difficulty, k, draft.more)
         raise AssertionError(f"{task.spec}: no prompt of the {self.split} split in {_ATTEMPTS} attempts; prompts({k}) counts too many")
 
     def __iter__(self) -> Iterator[Sample]:

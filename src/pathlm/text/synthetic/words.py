@@ -13,11 +13,18 @@ PAD = "<|pad|>"
 
 
 class EncodedSample(NamedTuple):
-    """A sample as a document of its own: `ids` is bos, prompt, answer, eos; the answer is `ids[start:stop]`."""
+    """A sample as a document of its own: `ids` is bos, prompt, answer, further questions, eos; the (first) answer is `ids[start:stop]`."""
 
     ids: list[int]
     start: int
     stop: int
+    more: tuple[tuple[int, int], ...] = ()
+    """Where the answers to further questions start and stop."""
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """Where every answer starts and stops, in order."""
+        return ((self.start, self.stop), *self.more)
 
 
 def task_tokenizer(tasks: Iterable[Task]) -> TokenizersBackend:
@@ -57,13 +64,13 @@ class SampleEncoder:
 
     def __call__(self, sample: Sample) -> EncodedSample:
         """Encode one sample."""
-        if self._word_ids is not None:
-            prompt = [self._word_ids[word] for word in sample.prompt]
-            answer = [self._word_ids[word] for word in sample.answer]
-        else:
-            prompt, answer = self._encode(" ".join(sample.prompt)), self._encode(" " + " ".join(sample.answer))
-        start = 1 + len(prompt)
-        return EncodedSample([self.bos_id, *prompt, *answer, self.eos_id], start, start + len(answer))
+        ids, answers = [self.bos_id], []
+        for question in sample.questions:
+            ids += self._words(question.prompt, first=len(ids) == 1)
+            start = len(ids)
+            ids += self._words(question.answer)
+            answers.append((start, len(ids)))
+        return EncodedSample([*ids, self.eos_id], *answers[0], tuple(answers[1:]))
 
     def longest(self, task: Task) -> int:
         """Return a number of tokens that no sample of the task exceeds, if the tokenizer writes a word no longer beside others than alone.
@@ -73,6 +80,11 @@ class SampleEncoder:
         names = [word for word in task.words() if word.isalpha() and len(word) > 2]
         most = max(self._lengths[word] for word in task.words() if word not in names)
         return 2 + task.longest() * most + sum(max(0, self._lengths[name] - most) for name in names)
+
+    def _words(self, words: tuple[str, ...], *, first: bool = False) -> list[int]:
+        if self._word_ids is not None:
+            return [self._word_ids[word] for word in words]
+        return self._encode(" " * (not first) + " ".join(words))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
