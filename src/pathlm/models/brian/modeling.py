@@ -116,6 +116,11 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             trace=self._trace(journey, h_BTD) if trace else None,
         )
 
+    @property
+    def pool_blocks(self) -> list[PoolBlock]:
+        """The blocks that the router chooses from."""
+        return [block for block in self.blocks if isinstance(block, PoolBlock)]
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Choose whether training recomputes each block in the backward pass instead of keeping its activations."""
         self.gradient_checkpointing = enabled

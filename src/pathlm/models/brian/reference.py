@@ -1,4 +1,4 @@
-"""The BRIAN model once more, slowly: one token, one head and one attended token at a time. Only tests import it."""
+"""The BRIAN model once more, slowly: one token and one head at a time. Only tests import it."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def attend(query: Heads, rows: list[tuple[Heads, Heads]], model: BrianForCausalL
     read = []
     for number in range(heads):
         group = number * groups // heads
-        score = torch.stack([query[number] @ key[group] / math.sqrt(width) for key, _ in rows])
+        score = torch.stack([key[group] for key, _ in rows]) @ query[number] / math.sqrt(width)
         weight = score.exp() / score.exp().sum()
-        read.append(sum((w * value[group] for w, (_, value) in zip(weight, rows, strict=True)), torch.zeros_like(query[number])))
+        read.append(weight @ torch.stack([value[group] for _, value in rows]))
     return torch.cat(read)
 
 
@@ -107,10 +107,7 @@ def normalise(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def _turn(x_K: Tensor, position: int, model: BrianForCausalLM) -> Tensor:
     """Turn the pairs (i, i + K/2) by the position's angles. Angles are float32, as everywhere."""
     frequency, scale = rotary_frequencies(model.config)
-    half = len(x_K) // 2
-    turned = [torch.zeros_like(x_K[0])] * len(x_K)
-    for i in range(half):
-        angle = torch.tensor(float(position)) * frequency[i]
-        cos, sin = (angle.cos() * scale).to(x_K.dtype), (angle.sin() * scale).to(x_K.dtype)
-        turned[i], turned[i + half] = x_K[i] * cos - x_K[i + half] * sin, x_K[i + half] * cos + x_K[i] * sin
-    return torch.stack(turned)
+    angle = position * frequency
+    cos, sin = (angle.cos() * scale).to(x_K.dtype), (angle.sin() * scale).to(x_K.dtype)
+    first, second = x_K.chunk(2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin))

@@ -109,8 +109,21 @@ class RoutePool(nn.Module):
         self.out = nn.Linear(seen, width, bias=False) if seen else None
         table = position_table(config.block_position, config.pool_blocks, config.block_position_dim)
         self.register_buffer("position", table, persistent=False)
+        # What decoding token by token looks up instead of computing; derived from weights and made anew when they change.
+        self.signposts: tuple[list[Tensor], list[int], Any] | None = None
+        self.known_threshold: tuple[Any, float] | None = None
         for name, start in self._buffers_at_start().items():
             self.register_buffer(name, start)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutePool:
+        """Move or convert, and forget what was derived from the tensors as they were."""
+        self.signposts = self.known_threshold = None
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and forget what was derived from those before."""
+        self.signposts = self.known_threshold = None
+        return super().load_state_dict(*args, **kwargs)
 
     def _buffers_at_start(self) -> dict[str, Tensor]:
         vocabulary = self.config.vocab_size

@@ -14,6 +14,7 @@ from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.pool import PoolRun, Records, Surroundings
 from pathlm.models.brian.steering import TAUGHT, Steering, note_difficulty, steer
+from pathlm.models.brian.walk import suits, threshold_of, walk
 
 # Shapes: B rows, T tokens, N = B · T, D width, S tokens attended, w watched tokens
 
@@ -106,14 +107,18 @@ def travel(
     if rows is not None and not isinstance(rows, PoolMemory):
         raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
     knobs = journey.knobs
+    if suits(model, h_BTD, journey):
+        h_BTD, p_BTP, journey.records.evaluations = walk(
+            pool, model.pool_blocks, h_BTD, rotary, mask, rows, threshold_of(pool, journey.budget)
+        )
+        return pool.leave(h_BTD, p_BTP)
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
     journey.steering = steer(
         pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
         record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
-    blocks = list(model.blocks)[config.pre_blocks : config.pre_blocks + config.pool_blocks]
-    run = PoolRun(pool, blocks, Surroundings(rotary, mask, rows, recompute), journey.steering.plan)
+    run = PoolRun(pool, model.pool_blocks, Surroundings(rotary, mask, rows, recompute), journey.steering.plan)
     h_BTD, p_BTP = run.run(h_BTD)
     journey.records = run.records
     return pool.leave(h_BTD, p_BTP)

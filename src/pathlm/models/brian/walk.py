@@ -1,0 +1,116 @@
+"""One token's way through the pool, for writing one token at a time: no groups, no tensors of choices, nothing launched that is not used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathlm.models.brian.memory import PoolMemory
+from pathlm.models.brian.positions import IN
+from pathlm.models.brian.routing import RoutePool
+from pathlm.models.layers import attend
+
+# Shapes: D width, P width of positions, M pool blocks, A = M + 1 outputs of the router, K head width, G key/value heads, S tokens attended
+
+
+@dataclass(frozen=True)
+class Signposts:
+    """What the router and the blocks make of a position, computed once for every place in the pool."""
+
+    from_hidden_AD: Tensor
+    by_place: list[list[float]]
+    """What is added to the router's outputs (A,) at each place; at each step where the router knows steps, not places"""
+    by_step: bool
+    adapted: list[list[Tensor]] | None
+    """What each block adds to its input (D,) at each place"""
+
+
+def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
+    """Whether a pass is one token that its router alone sends to one block at a time, and nobody asks how."""
+    alone = h_BTD.shape[:2] == (1, 1) and not torch.is_grad_enabled() and not model.training
+    asked = journey.knobs is not None or journey.trace or journey.target_BT is not None
+    config = model.config
+    tabled = not config.router_hidden and (config.router_sees_position or not config.location_bias)
+    return alone and not asked and tabled and config.route_top_k == 1 and h_BTD.dtype in (torch.float32, torch.float64)
+
+
+def walk(
+    pool: RoutePool, blocks: list[Any], h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: PoolMemory | None,
+    threshold: float,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Send one token (1, 1, D) through the pool; return its hidden state, the position (1, 1, P) it left from, and its steps.
+
+    The same choices as `PoolRun` makes, read off one small list per step.
+    """
+    config, posts = pool.config, signposts_of(pool)
+    # Read once: a configuration answers slowly.
+    blocks_count, groups, width, config_eps = config.pool_blocks, config.num_key_value_heads, config.hidden_size, config.rms_norm_eps
+    shortest, longest, cap = config.min_route_steps, config.max_route_steps, config.max_repeats
+    assert groups is not None and shortest is not None
+    if memory is not None:
+        memory.extend(h_BTD.new_empty(()).expand(1, groups, 1, config.head_dim))
+    place, repeats = IN, 0
+    step = 0
+    while step < longest:
+        # The norm is one number, so it scales the few outputs instead of the whole state.
+        h_D = h_BTD.view(-1)
+        scale = (torch.dot(h_D, h_D).item() / width + config_eps) ** -0.5
+        seen = torch.mv(posts.from_hidden_AD, h_D).tolist()
+        out = [s * scale + t for s, t in zip(seen, posts.by_place[step if posts.by_step else place], strict=True)]
+        if step >= shortest and out[blocks_count] < threshold:
+            break
+        scores = out[:blocks_count]
+        if cap and repeats >= cap:
+            scores[place - 1] = -float("inf")
+        best = scores.index(max(scores))
+        block = blocks[best]
+        x_BTD = h_BTD if posts.adapted is None else h_BTD + posts.adapted[best][place]
+        query, key, value = block.turn(block.project(x_BTD), rotary)
+        if memory is not None:
+            memory.write(step, key, value)
+            key, value = memory.version(step, groups)
+        h_BTD = block.finish(h_BTD, attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        repeats = repeats + 1 if place == best + 1 else 1
+        place = best + 1
+        step += 1
+    return h_BTD, pool.position[place].to(h_BTD.dtype).view(1, 1, -1), step
+
+
+def signposts_of(pool: RoutePool) -> Signposts:
+    """Return the pool's signposts, made anew when a weight has changed."""
+    known = pool.signposts
+    if known is None or known[1] != [t._version for t in known[0]]:
+        tensors = [*pool.parameters(), pool.load_bias]
+        known = pool.signposts = (tensors, [t._version for t in tensors], make_signposts(pool))
+    return known[2]
+
+
+def threshold_of(pool: RoutePool, budget: float | None) -> float:
+    """Return the gain below which a token leaves as a number, looked up again only when a threshold has moved."""
+    key = (budget, pool.exit_threshold._version, pool.budgets_trained._version, pool.budget_default._version)
+    if pool.known_threshold is None or pool.known_threshold[0] != key:
+        pool.known_threshold = (key, float(pool.threshold(budget)))
+    return pool.known_threshold[1]
+
+
+@torch.no_grad()
+def make_signposts(pool: RoutePool) -> Signposts:
+    """Compute what positions add, in the precision of the router's weights and at least float32."""
+    router, config = pool.router, pool.config
+    dtype = torch.promote_types(router.from_hidden.weight.dtype, torch.float32)
+    position = pool.position.to(dtype)
+    if config.router_sees_position:
+        table = position @ router.from_position.weight.to(dtype).T
+    else:
+        table = router.by_step.detach().to(dtype).clone()
+    table[:, :-1] += pool.load_bias.to(dtype)
+    by_step = not config.router_sees_position
+    if config.location_bias:
+        table[:, :-1] += config.location_bias * (position @ position[1:-1].T)
+    adapted = None
+    if len(pool.adapters):
+        adapted = [list((position.to(layer.weight.dtype) @ layer.weight.T).unbind()) for layer in pool.adapters]
+    return Signposts(router.from_hidden.weight.to(dtype), table.tolist(), by_step, adapted)
