@@ -1,6 +1,8 @@
 """Two gloo processes are one run: the same losses, one folder, the same end after a kill."""
 
 import contextlib
+import json
+import math
 import random
 import signal
 import time
@@ -76,6 +78,34 @@ def test_two_processes_killed_at_random_resume_to_the_same_end(tmp_path, strateg
         assert attempt < 3 or log.exists()
     finish(begin(tmp_path / "parts", *options, processes=2, resume=True))
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+POOL = ("model.pre_blocks=0", "model.pool_blocks=3", "model.post_blocks=0", "model.max_route_steps=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["strategy=fsdp2"], ["strategy=fsdp2", "activation_checkpointing=true"]], ids=str)
+def test_two_processes_route_through_all_stages_though_blocks_go_unvisited(tmp_path, options):
+    said = finish(begin(tmp_path, *POOL, "curriculum=route", "gates=warn", *options, processes=2))
+    stages = ["wrapped", "pseudo-routes", "hand-over", "exit"]
+    assert [said.count(f"stage {stage} ended") for stage in stages] == [1, 1, 1, 1]
+    found = rows(tmp_path)
+    assert [row["step"] for row in found if "loss/total" in row] == list(range(1, 13))
+    assert all(math.isfinite(row["loss/total"]) for row in found if "loss/total" in row)
+    judged = [json.loads(line) for line in (tmp_path / "run" / "gates.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["stage"] for row in judged)) == stages
+    assert len({(row["stage"], row["metric"]) for row in judged}) == len(judged)  # one process writes
+
+
+@pytest.mark.slow
+def test_a_failing_gate_stops_both_processes_and_does_so_again(tmp_path):
+    options = (*POOL, "curriculum=stage-4", "knobs.exit_share=0.0", "steps=4")  # nobody may leave, and the budget says they should
+    for resume in (False, True):
+        process = begin(tmp_path, *options, processes=2, resume=resume)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, said
+        assert "a gate failed at step 4" in said and "route/steps_error" in said
+    assert "finished" in finish(begin(tmp_path, *options, "gates=warn", processes=2, resume=True))
 
 
 @pytest.mark.slow
