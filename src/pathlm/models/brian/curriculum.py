@@ -28,6 +28,10 @@ class Knobs:
     """Route steps that tokens are to take on average, as a share of `max_route_steps`; None leaves the thresholds as they are."""
     budget_spread: float = 0.0
     """Rows draw their budget evenly from `budget` ± this, so that one model learns them all."""
+    random_depth: float = 0.0
+    """Share of tokens that leave after a number of steps drawn evenly instead, in training, so that every depth is trained."""
+    best_gain: bool = False
+    """Whether the gain of staying is measured against the best later step; otherwise against the last one."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0

@@ -76,15 +76,17 @@ def _read_as_another(
     return result.flatten(2)
 
 
-def exit_loss(records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int) -> tuple[Tensor, Tensor]:
+def exit_loss(records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int, best: bool) -> tuple[Tensor, Tensor]:
     """Return the Huber loss of the predicted gain, and the predictions (R - shortest, w) it was made of.
 
     The gain of staying after r steps is the loss after r steps minus the loss after the last one: what the remaining steps still remove.
+    With `best` it is measured against the smallest loss after any later step, which may flatter it.
     """
     predicted = predicted_gains(records, watched, shortest=shortest)
     if not predicted.numel():
         return predicted.sum(), predicted
-    gain = loss_Rw[shortest - 1 : -1] - loss_Rw[-1:]
+    later_Rw = loss_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else loss_Rw[-1:]
+    gain = loss_Rw[shortest - 1 : -1] - later_Rw
     return F.huber_loss(predicted, gain.to(predicted.dtype)), predicted
 
 

@@ -45,6 +45,8 @@ class Plan:
     """Tokens that the router drives; the others follow the teacher. None: all"""
     stays_N: Tensor | None = None
     """Tokens that the router cannot let leave before the last step"""
+    depth_N: Tensor | None = None
+    """Steps after which tokens leave whatever the router says; more than there are for those it decides about"""
     noise: float = 0.0
     random_share: float = 0.0
     gate: float = 0.0
@@ -175,6 +177,9 @@ class PoolRun:
             return torch.zeros_like(gain_n, dtype=torch.bool)
         threshold = self.plan.threshold if self.plan.threshold.ndim == 0 else _at(self.plan.threshold, state.place)
         leaves_n = gain_n < threshold
+        if self.plan.depth_N is not None:
+            depth_n = _at(self.plan.depth_N, state.place)
+            leaves_n = torch.where(depth_n <= self.pool.config.max_route_steps, depth_n <= step, leaves_n)
         return leaves_n if self.plan.stays_N is None else leaves_n & ~_at(self.plan.stays_N, state.place)
 
     def _visit(self, state: _Tokens, block_nk: Tensor, score_nM: Tensor, step: int) -> _Tokens:

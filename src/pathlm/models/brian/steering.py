@@ -67,8 +67,14 @@ def steer(
         watched = probe_N.nonzero()[:, 0]
         stays_N = probe_N if stays_N is None else stays_N | probe_N
         driven_N = None if driven_N is None else driven_N | probe_N
+    depth_N = None
+    if knobs.random_depth:
+        longest, shortest = config.max_route_steps, pool.config.min_route_steps
+        assert shortest is not None
+        depth_N = torch.randint(shortest, longest + 1, (rows * tokens,), device=device)
+        depth_N[torch.rand(rows * tokens, device=device) >= knobs.random_depth] = longest + 1
     plan = Plan(
-        threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, noise=knobs.noise,
+        threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
         random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched, record=record,
     )  # fmt: skip
     return Steering(plan, knobs.router_share > 0)

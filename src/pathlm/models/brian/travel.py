@@ -67,7 +67,7 @@ class Journey:
             if model.training and knobs.load_bias_rate:
                 losses.move_load_bias(pool, found, rate=knobs.load_bias_rate)
         if plan.watched is not None:
-            value, predicted = self._gain(model, plan.watched)
+            value, predicted = self._gain(model, plan.watched, best=knobs.best_gain)
             total = total + knobs.exit * value
             metrics["loss/exit"] = value.detach().float()
             if knobs.budget is not None:
@@ -81,14 +81,14 @@ class Journey:
         assert self.steering is not None
         return self.steering.plan
 
-    def _gain(self, model: Any, watched: Tensor) -> tuple[Tensor, Tensor]:
+    def _gain(self, model: Any, watched: Tensor, *, best: bool) -> tuple[Tensor, Tensor]:
         """Return the loss of the predicted gains of the watched tokens, and the predictions."""
         assert self.target_BT is not None and self.rotary is not None
         if not len(watched):
             return self.target_BT.new_zeros((), dtype=torch.float32), torch.zeros(0, 0, device=watched.device)
         target_w = self.target_BT.flatten()[watched]
         loss_Rw = exits.losses_by_step(model, self.records, watched, target_w, self.after_pool, self.mask, self.rotary)
-        return exits.exit_loss(self.records, watched, loss_Rw, shortest=model.config.min_route_steps)
+        return exits.exit_loss(self.records, watched, loss_Rw, shortest=model.config.min_route_steps, best=best)
 
 
 def travel(
