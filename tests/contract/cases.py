@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pathlm.models import family
+from pathlm.models.brian.curriculum import Knobs
 
 VOCABULARY = 61
 LENGTH = 12
@@ -45,6 +49,10 @@ class Case:
     name: str
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    """What every forward pass is given besides: `budget`, or the names and values of `knobs`."""
+    fresh: bool = False
+    """Whether routers stay as they were made, preferring the original route, instead of being drawn at random."""
 
     def config(self) -> Any:
         return family(self.model_type).Config(**COMMON[self.model_type] | self.options)
@@ -52,13 +60,116 @@ class Case:
     def build(self, dtype: torch.dtype = torch.float64, model: type[PreTrainedModel] | None = None) -> PreTrainedModel:
         """The same model every time, ready for evaluation; `model` replaces the family's class."""
         torch.manual_seed(0)
-        return (model or family(self.model_type).Model)(self.config()).to(dtype).eval()
+        built = (model or family(self.model_type).Model)(self.config())
+        if built.config.pool_blocks and not self.fresh:
+            scatter(built)
+        return self.prepare(built.to(dtype).eval())
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let every forward pass of `model` have this case's options, also those that `generate` and trainers make."""
+        options = dict(self.call)
+        if "knobs" in options:
+            options["knobs"] = Knobs(**options["knobs"])
+        if options:
+            model.register_forward_pre_hook(lambda _, args, given: (args, given | options), with_kwargs=True)
+        model.prepared_by = self
+        return model
 
     def __str__(self) -> str:
         return self.name
 
 
-CASES = (
+@torch.no_grad()
+def scatter(model: Any) -> None:
+    """Draw everything that routing adds, so that tokens take different routes, leave at different steps, and positions matter."""
+    pool = model.pool
+    for name, p in pool.named_parameters():
+        # What a token is weighs more than where it is, or all would take one route.
+        p.normal_(std=0.5 if "router" in name else 1.0)
+    pool.load_bias.normal_(std=0.5)
+    # A larger budget asks for less gain, hence for longer routes; outside routes nothing is learned here.
+    pool.exit_threshold.copy_(torch.linspace(1.5, -1.5, len(pool.exit_threshold)))
+    pool.budgets_trained.copy_(torch.tensor([pool.lowest_budget, 1.0]))
+    pool.budget_default.fill_(pool.lowest_budget / 2 + 0.5)
+
+
+FACTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "choice": {
+        "top-1": {},
+        "top-2": {"route_top_k": 2},
+        "top-2 read as top-1": {"route_top_k": 2, "knobs": {"top_k": 1}},
+    },
+    "steps": {
+        "1…4 steps": {"max_route_steps": 4},
+        "2…5 steps": {"max_route_steps": 5, "min_route_steps": 2},
+        "3 steps": {"max_route_steps": 3, "min_route_steps": 3},
+    },
+    "pool": {"4 blocks": {"pool_blocks": 4}, "3 blocks": {"pool_blocks": 3}},
+    "position": {kind: {"block_position": kind} for kind in ("arc", "circle", "random", "none")},
+    "reader": {f"to {reader}": {"block_position_to": reader} for reader in ("both", "router", "blocks")},
+    "bias": {"": {}, "near": {"location_bias": 1.5}},
+    "repeats": {"": {}, "no repeats": {"max_repeats": 1}, "one repeat": {"max_repeats": 2}},
+    "router": {"": {}, "deep router": {"router_hidden": 8}},
+    "budget": {"": {}, "budget 0.4": {"budget": 0.4}, "budget 0.8": {"budget": 0.8}, "whole budget": {"budget": 1.0}},
+    "attention": {"": {}, "grouped": {"num_key_value_heads": 2}, "biased": {"attention_bias": True, "mlp_bias": True}},
+    "ends": {
+        "": {"pre_blocks": 1, "post_blocks": 1},
+        "no pre": {"pre_blocks": 0, "post_blocks": 1},
+        "no post, tied": {"pre_blocks": 1, "post_blocks": 0, "tie_word_embeddings": True},
+    },
+}
+"""What routing may be combined of. The first level of a factor is the usual one."""
+
+
+def possible(levels: dict[str, str]) -> bool:
+    """Whether the configuration allows these levels together (of some factors, or of all)."""
+    settings = {key: value for factor, level in levels.items() for key, value in FACTORS[factor][level].items()}
+    least = settings.get("min_route_steps", 1) / settings.get("max_route_steps", 9)
+    placed = settings.get("block_position") != "none"
+    return (placed or not settings.get("location_bias")) and settings.get("budget", 1.0) >= least
+
+
+def pairs() -> Iterator[frozenset[tuple[str, str]]]:
+    """Every two levels of different factors that may meet."""
+    for (one, ones), (other, others) in combinations(FACTORS.items(), 2):
+        for a, b in product(ones, others):
+            if possible({one: a, other: b}):
+                yield frozenset({(one, a), (other, b)})
+
+
+def covering() -> list[dict[str, str]]:
+    """Rows of levels in which every pair of levels that may meet does, found greedily; where none is due, the rarest level so far."""
+    open_pairs, rows, used = dict.fromkeys(pairs()), [], Counter[tuple[str, str]]()
+    while open_pairs:
+        row = dict(next(iter(open_pairs)))
+        for factor in sorted(FACTORS.keys() - row.keys(), key=list(FACTORS).index):
+            fitting = [level for level in FACTORS[factor] if possible(row | {factor: level})]
+            gain = {level: sum(frozenset({(factor, level), item}) in open_pairs for item in row.items()) for level in fitting}
+            row[factor] = max(fitting, key=lambda level: (gain[level], -used[factor, level]))
+        for pair in combinations(row.items(), 2):
+            open_pairs.pop(frozenset(pair), None)
+        used.update(row.items())
+        rows.append(row)
+    return rows
+
+
+def routed(row: dict[str, str], **options: Any) -> Case:
+    """The case of one row of levels."""
+    settings = {key: value for factor, level in row.items() for key, value in FACTORS[factor][level].items()}
+    call = {key: settings.pop(key) for key in ("knobs", "budget") if key in settings}
+    name = ", ".join(level for factor in FACTORS if (level := row[factor]))
+    return Case(name, "brian", {"block_position_dim": 6} | settings | options, call)
+
+
+ROUTED = (
+    *(routed(row) for row in covering()),
+    Case("1 block", "brian", {"pool_blocks": 1, "max_route_steps": 3}),
+    Case("1 step", "brian", {"pool_blocks": 3, "max_route_steps": 1}),
+    Case("1 block, 1 step, no other", "brian", {"pool_blocks": 1, "max_route_steps": 1, "pre_blocks": 0, "post_blocks": 0}),
+    Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
+)
+
+PLAIN = (
     Case("plain", "brian"),
     Case("one block", "brian", {"pre_blocks": 1, "post_blocks": 0}),
     Case("post blocks only", "brian", {"pre_blocks": 0, "post_blocks": 3}),
@@ -70,6 +181,13 @@ CASES = (
     Case("llama3 rotary", "brian", {"rope_parameters": LLAMA3}),
     Case("yarn rotary", "brian", {"rope_parameters": YARN}),
 )
+# A wrapped model before any training: the original route, whatever noise there is in its scores.
+FRESH = (
+    Case("fresh", "brian", {"pool_blocks": 3, "max_route_steps": 4}, fresh=True),
+    Case("fresh, top-2", "brian", {"pool_blocks": 3, "max_route_steps": 4, "route_top_k": 2}, fresh=True),
+    Case("fresh, longer than the pool", "brian", {"pool_blocks": 2, "max_route_steps": 4, "min_route_steps": 4}, fresh=True),
+)
+CASES = PLAIN + ROUTED + FRESH
 
 
 def ids(rows: int, tokens: int = LENGTH, *, seed: int = 1) -> Tensor:

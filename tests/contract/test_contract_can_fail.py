@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import checks
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, ROUTED
 from checks import CHECKS, saved_and_loaded_it_is_the_same
 from torch import Tensor
 
-from pathlm.models.brian.memory import BlockMemory
+from pathlm.models.brian import pool, walk
+from pathlm.models.brian.memory import BlockMemory, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
+from pathlm.models.brian.pool import PoolRun
+from pathlm.models.brian.routing import RoutePool
 from pathlm.models.layers import rotate
 
 
@@ -59,8 +63,8 @@ class SeesOtherDocuments(BrianForCausalLM):
 class PredictsItself(BrianForCausalLM):
     """The loss compares token t with the scores of token t."""
 
-    def _loss(self, h_BTD: Tensor, labels_BT: Tensor, count: Any) -> Tensor:
-        return super()._loss(h_BTD, labels_BT.roll(1, dims=1), count)
+    def _loss(self, h_BTD: Tensor, target_BT: Tensor, *rest: Any) -> Any:
+        return super()._loss(h_BTD, target_BT.roll(1, dims=1), *rest)
 
 
 class ForgetsToSave(BrianForCausalLM):
@@ -80,6 +84,7 @@ class ForgetsToSave(BrianForCausalLM):
 BROKEN = (
     (SeesTheFuture, "the_past_cannot_see_the_future"),
     (SeesTheFuture, "decoding_in_any_chunks_is_one_forward_pass"),
+    (CountsWrongWhenDecoding, "one_row_is_decoded_as_many_are"),
     (SeesTheFuture, "a_long_decode_outgrows_the_first_buffer"),
     (SeesTheFuture, "documents_in_a_row_do_not_see_each_other"),
     (SeesTheFuture, "generation_with_and_without_memory_agrees"),
@@ -91,6 +96,7 @@ BROKEN = (
     (SeesPadding, "padding_on_either_side_changes_nothing"),
     (SeesPadding, "rows_of_different_length_continue_together"),
     (SeesOtherDocuments, "documents_in_a_row_do_not_see_each_other"),
+    (SeesOtherDocuments, "packed_documents_may_be_padded_on_either_side"),
     (PredictsItself, "the_loss_counts_each_label_once"),
 )
 
@@ -99,6 +105,107 @@ BROKEN = (
 def test_a_broken_model_fails_the_check_that_guards_against_it(model: type[BrianForCausalLM], check: str) -> None:
     with pytest.raises(AssertionError):
         getattr(checks, check)(CASES[0].build(model=model))
+
+
+# Faults of routing, each put into a sound model: what is replaced, and the fault.
+
+
+def averaged(self: Any, h_ND: Tensor, p_NP: Tensor, step: int, sound: Any) -> Any:
+    """The router reads the mean of the tokens in the pool, as the original's did."""
+    return sound(self, h_ND + h_ND.mean(0, keepdim=True), p_NP, step)
+
+
+def rewritten(self: Any, h: Tensor, p: Tensor, place: Tensor | None, steps: int, sound: Any) -> None:
+    """A token that leaves takes its row with it, but not from the memory."""
+    if self._table is not None and place is not None:
+        keys, values = (table.clone() for table in self._table)
+        values[place // self.tokens, :, place % self.tokens] = 0
+        self._table = (keys, values)
+    sound(self, h, p, place, steps)
+
+
+def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
+    """Later steps do not see the row of a token that left."""
+    later = [table.unflatten(1, (self.versions, -1))[:, step + 1 :] for table in (self.keys, self.values)]
+    kept = [version.clone() for version in later]
+    sound(self, step, *rows)
+    for version, before in zip(later, kept, strict=True):
+        version.copy_(before)
+
+
+def shared(self: Any, step: int, groups: int, sound: Any) -> Any:
+    """All steps read the newest version of earlier tokens."""
+    return sound(self, self.versions - 1, groups)
+
+
+def late(self: Any, gain_n: Tensor, state: Any, step: int, sound: Any) -> Tensor:
+    """Steps are counted from another number when there is a memory."""
+    memory = self.around.memory
+    return sound(self, gain_n, state, step - 1 if memory is not None and memory.get_seq_length() > self.tokens else step)
+
+
+def relative(self: Any, gain_n: Tensor, state: Any, step: int, sound: Any) -> Tensor:
+    """The half of the batch that gains least leaves, so that a budget is met exactly."""
+    return sound(self, gain_n, state, step) if len(gain_n) < 2 else gain_n < gain_n.median()
+
+
+def last_first(score_NM: Tensor, k: int, sound: Any) -> Tensor:
+    """With few tokens, ties go to the highest number."""
+    return sound(score_NM, k) if len(score_NM) > 3 else score_NM.shape[1] - 1 - sound(score_NM.flip(-1), k)
+
+
+def forgetful(self: Any, *given: Any, sound: Any) -> Any:
+    """Positions are not told apart where blocks read them while one token is written."""
+    posts = sound(self)
+    return replace(posts, by_place=[posts.by_place[0]] * len(posts.by_place))
+
+
+ROUTE_FAULTS = (
+    (RoutePool, "scores", averaged, "the_past_cannot_see_the_future"),
+    (RoutePool, "scores", averaged, "decoding_in_any_chunks_is_one_forward_pass"),
+    (RoutePool, "scores", averaged, "one_row_is_decoded_as_many_are"),
+    (RoutePool, "scores", averaged, "neighbours_and_their_order_change_nothing"),
+    (RoutePool, "scores", averaged, "padding_on_either_side_changes_nothing"),
+    (RoutePool, "scores", averaged, "packed_documents_may_be_padded_on_either_side"),
+    (PoolRun, "_leave", rewritten, "decoding_in_any_chunks_is_one_forward_pass"),
+    (PoolRun, "_leave", rewritten, "padding_on_either_side_changes_nothing"),
+    (PoolRun, "_leave", rewritten, "packed_documents_may_be_padded_on_either_side"),
+    (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
+    (PoolMemory, "write_some", unheard, "decoding_in_any_chunks_is_one_forward_pass"),
+    (PoolMemory, "version", shared, "decoding_in_any_chunks_is_one_forward_pass"),
+    (PoolMemory, "version", shared, "generation_with_and_without_memory_agrees"),
+    (PoolMemory, "version", shared, "memory_can_be_cropped_repeated_and_reordered"),
+    (PoolRun, "_wants_to_leave", late, "decoding_in_any_chunks_is_one_forward_pass"),
+    (PoolRun, "_wants_to_leave", late, "rows_of_different_length_continue_together"),
+    (PoolRun, "_wants_to_leave", relative, "neighbours_and_their_order_change_nothing"),
+    (PoolRun, "_wants_to_leave", relative, "decoding_in_any_chunks_is_one_forward_pass"),
+    (pool, "best_blocks", last_first, "decoding_in_any_chunks_is_one_forward_pass"),
+    (walk, "make_signposts", forgetful, "one_row_is_decoded_as_many_are"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "check"), ROUTE_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_broken_route_fails_the_check_that_guards_against_it(
+    owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sound = ROUTED[0].build(), getattr(owner, name)
+    assert (model.config.max_route_steps, model.config.min_route_steps, model.config.route_top_k) == (4, 1, 1)
+    if fault is last_first:
+        indifferent(model)
+    getattr(checks, check)(model)
+    monkeypatch.setattr(owner, name, lambda *given: fault(*given, sound=sound))
+    model.pool.signposts = None
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(model)
+
+
+@torch.no_grad()
+def indifferent(model: Any) -> None:
+    """Let all blocks have the same score."""
+    model.pool.load_bias.zero_()
+    for name, p in model.pool.router.named_parameters():
+        p[:-1] = 0.0
+        assert "from" in name
 
 
 def test_a_model_that_forgets_to_save_something_is_caught(tmp_path: Path) -> None:
