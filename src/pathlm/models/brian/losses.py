@@ -106,7 +106,8 @@ def imitation(found: Decisions, plan: Plan, blocks: int, shortest: int) -> tuple
     follows_L = torch.ones_like(found.leaves_L) if plan.driven_N is None else ~plan.driven_N[found.place_L]
     ends_L, free_L = wanted_L == blocks, found.step_L >= shortest
     count = follows_L.sum().clamp(min=1)
-    block_L = F.cross_entropy(found.score_LM, wanted_L.clamp(max=blocks - 1), reduction="none") * ~ends_L
+    block_L = F.cross_entropy(found.score_LM, wanted_L.clamp(max=blocks - 1), reduction="none")
+    block_L = torch.where(ends_L | ~follows_L, 0.0, block_L)  # infinite where a route of its own has made the teacher's block illegal
     exit_L = F.binary_cross_entropy_with_logits(-found.gain_L, ends_L.to(found.gain_L.dtype), reduction="none") * free_L
     out_L = (found.gain_L < 0) & free_L
     right_L = (out_L == ends_L) & (ends_L | (found.score_LM.argmax(-1) == wanted_L))

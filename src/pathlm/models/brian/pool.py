@@ -158,7 +158,8 @@ class PoolRun:
                 leaves_n, block_nk = ends_n, taught_nk
             else:
                 leaves_n = torch.where(driven_n, leaves_n, ends_n)
-                block_nk = torch.cat((torch.where(driven_n[:, None], block_nk[:, :1], taught_nk), block_nk[:, 1:]), dim=1)
+                others_nk = torch.where(block_nk[:, 1:] == taught_nk, block_nk[:, :1], block_nk[:, 1:])
+                block_nk = torch.where(driven_n[:, None], block_nk, torch.cat((taught_nk, others_nk), dim=1))
         if plan.record and plan.guided:
             place_n = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
             self.records.steps.append(StepRecord(place_n, score_nM, gain_n, leaves_n, block_nk, state.at, state.p.detach()))

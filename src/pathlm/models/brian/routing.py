@@ -69,6 +69,8 @@ class Router(nn.Module):
         blocks, actions = self.config.pool_blocks, self.config.pool_blocks + 1
         wanted = torch.zeros(blocks + 2, actions, dtype=torch.float64)
         wanted[:blocks, :blocks] = PREFERENCE * torch.eye(blocks, dtype=torch.float64)
+        # The others are told apart by more than rounding, or second choices would depend on how many tokens are looked at together.
+        wanted[:, :blocks] -= 0.01 * torch.arange(blocks)
         wanted[:, blocks] = -PREFERENCE
         wanted[:blocks, blocks] = PREFERENCE
         if self.config.router_sees_position:

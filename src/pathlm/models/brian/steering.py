@@ -42,7 +42,8 @@ def steer(
     knobs = knobs or Knobs()
     config, device = pool.config, pool.exit_threshold.device
     rows, tokens = shape
-    top_k = min(config.route_top_k, knobs.top_k or config.route_top_k)
+    # A teacher names one block, and the original path of a model that visits two must still be the original model.
+    top_k = min(config.route_top_k, knobs.top_k or config.route_top_k) if knobs.router_share > 0 else 1
     guided = knobs.router_share > 0 or record
     threshold = pool.threshold(budget if budget is not None else (None if training else knobs.budget))
     if not training:

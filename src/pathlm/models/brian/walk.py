@@ -1,4 +1,4 @@
-"""One token's way through the pool, for writing one token at a time: no groups, no tensors of choices, nothing launched that is not used."""
+"""One token's way through the pool, for writing one token at a time: no groups, no tensors of choices, nothing run in vain."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.positions import IN
@@ -20,10 +21,13 @@ from pathlm.models.layers import attend
 class Signposts:
     """What the router and the blocks make of a position, computed once for every place in the pool."""
 
-    from_hidden_AD: Tensor
+    from_hidden: Tensor
+    """(A, D), below it the rows (n, D) of a second layer where the router has one"""
     by_place: list[list[float]]
     """What is added to the router's outputs (A,) at each place; at each step where the router knows steps, not places"""
     by_step: bool
+    second: tuple[list[Tensor], Tensor] | None
+    """What each place adds to the second layer's input (n,), and its output weights (A, n)"""
     adapted: list[list[Tensor]] | None
     """What each block adds to its input (D,) at each place"""
 
@@ -33,7 +37,7 @@ def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
     alone = h_BTD.shape[:2] == (1, 1) and not torch.is_grad_enabled() and not model.training
     asked = journey.knobs is not None or journey.trace or journey.target_BT is not None
     config = model.config
-    tabled = not config.router_hidden and (config.router_sees_position or not config.location_bias)
+    tabled = config.router_sees_position or not config.location_bias
     return alone and not asked and tabled and config.route_top_k == 1 and h_BTD.dtype in (torch.float32, torch.float64)
 
 
@@ -51,15 +55,19 @@ def walk(
     shortest, longest, cap = config.min_route_steps, config.max_route_steps, config.max_repeats
     assert groups is not None and shortest is not None
     if memory is not None:
-        memory.extend(h_BTD.new_empty(()).expand(1, groups, 1, config.head_dim))
+        memory.extend(h_BTD.new_empty(()).expand(1, groups, 1, blocks[0].width))
     place, repeats = IN, 0
     step = 0
     while step < longest:
         # The norm is one number, so it scales the few outputs instead of the whole state.
         h_D = h_BTD.view(-1)
         scale = (torch.dot(h_D, h_D).item() / width + config_eps) ** -0.5
-        seen = torch.mv(posts.from_hidden_AD, h_D).tolist()
-        out = [s * scale + t for s, t in zip(seen, posts.by_place[step if posts.by_step else place], strict=True)]
+        seen = torch.mv(posts.from_hidden, h_D)
+        told = posts.by_place[step if posts.by_step else place]
+        if posts.second is not None:
+            inner = F.gelu(torch.add(posts.second[0][place], seen[blocks_count + 1 :], alpha=scale))
+            told = [t + s for t, s in zip(told, torch.mv(posts.second[1], inner).tolist(), strict=True)]
+        out = [t + scale * s for t, s in zip(told, seen.tolist(), strict=False)]
         if step >= shortest and out[blocks_count] < threshold:
             break
         scores = out[:blocks_count]
@@ -82,15 +90,20 @@ def walk(
 def signposts_of(pool: RoutePool) -> Signposts:
     """Return the pool's signposts, made anew when a weight has changed."""
     known = pool.signposts
-    if known is None or known[1] != [t._version for t in known[0]]:
+    if known is None or known[1] != [_version(t) for t in known[0]]:
         tensors = [*pool.parameters(), pool.load_bias]
-        known = pool.signposts = (tensors, [t._version for t in tensors], make_signposts(pool))
+        known = pool.signposts = (tensors, [_version(t) for t in tensors], make_signposts(pool))
     return known[2]
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; those made in inference mode do not count, and are not trained either."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def threshold_of(pool: RoutePool, budget: float | None) -> float:
     """Return the gain below which a token leaves as a number, looked up again only when a threshold has moved."""
-    key = (budget, pool.exit_threshold._version, pool.budgets_trained._version, pool.budget_default._version)
+    key = (budget, *(_version(t) for t in (pool.exit_threshold, pool.budgets_trained, pool.budget_default)))
     if pool.known_threshold is None or pool.known_threshold[0] != key:
         pool.known_threshold = (key, float(pool.threshold(budget)))
     return pool.known_threshold[1]
@@ -99,13 +112,12 @@ def threshold_of(pool: RoutePool, budget: float | None) -> float:
 @torch.no_grad()
 def make_signposts(pool: RoutePool) -> Signposts:
     """Compute what positions add, in the precision of the router's weights and at least float32."""
-    router, config = pool.router, pool.config
+    router: Any = pool.router
+    config = pool.config
     dtype = torch.promote_types(router.from_hidden.weight.dtype, torch.float32)
     position = pool.position.to(dtype)
-    if config.router_sees_position:
-        table = position @ router.from_position.weight.to(dtype).T
-    else:
-        table = router.by_step.detach().to(dtype).clone()
+    seen: Any = router.from_position.weight if config.router_sees_position else router.by_step
+    table = position @ seen.to(dtype).T if config.router_sees_position else seen.detach().to(dtype).clone()
     table[:, :-1] += pool.load_bias.to(dtype)
     by_step = not config.router_sees_position
     if config.location_bias:
@@ -113,4 +125,11 @@ def make_signposts(pool: RoutePool) -> Signposts:
     adapted = None
     if len(pool.adapters):
         adapted = [list((position.to(layer.weight.dtype) @ layer.weight.T).unbind()) for layer in pool.adapters]
-    return Signposts(router.from_hidden.weight.to(dtype), table.tolist(), by_step, adapted)
+    weight, second = router.from_hidden.weight.to(dtype), None
+    if config.router_hidden:
+        width = config.hidden_size
+        inner = router.hidden_in.weight.to(dtype)
+        added = router.hidden_in.bias.to(dtype) + (position @ inner[:, width:].T if inner.shape[1] > width else 0.0)
+        second = (list(added.expand(len(position), -1).unbind()), router.hidden_out.weight.to(dtype))
+        weight = torch.cat((weight, inner[:, :width]))
+    return Signposts(weight, table.tolist(), by_step, second, adapted)
