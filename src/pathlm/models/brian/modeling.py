@@ -62,6 +62,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         budget: float | None = None,
+        depths: Tensor | None = None,
         **kwargs: Any,
     ) -> PathOutput:
         """Read T tokens after the P tokens in memory; return logits (B, T, V), and the loss where there are `labels`.
@@ -81,6 +82,7 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
             skip_logits: With labels, compute the loss in pieces and return no logits.
             num_items_in_batch: Divide the summed loss by this instead of by the number of labels (the stock Trainer's protocol).
             budget: Route steps tokens may take on average, as a share of `max_route_steps`; by default what was trained last.
+            depths: (B, T), the number of route steps of every token, instead of the router's choice to leave. Blocks stay its choice.
             kwargs: Ignored, as transformers passes switches of its own.
 
         Raises:
@@ -95,8 +97,9 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
         self._check_budget(budget)
+        self._check_depths(depths, h_BTD, knobs)
         target_BT = None if labels is None else _next_labels(labels, h_BTD.shape[:2])
-        journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace)
+        journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace, depths)
         h_BTD = self._run_blocks(h_BTD, journey, position_ids, past_key_values, past)
         h_BTD = self.norm(h_BTD)
 
@@ -180,6 +183,21 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if self.pool is None:
             raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
         self.pool.check_budget(budget)
+
+    def _check_depths(self, depths: Tensor | None, h_BTD: Tensor, knobs: Knobs | None) -> None:
+        if depths is None:
+            return
+        if self.pool is None:
+            raise ValueError("depths: a plain decoder has no pool to leave early")
+        shape = tuple(h_BTD.shape[:2])
+        if depths.shape != shape or depths.is_floating_point():
+            raise ValueError(f"depths are {depths.dtype} {tuple(depths.shape)}: must be whole numbers {shape}, one per token")
+        if knobs is not None and knobs.router_share < 1:
+            raise ValueError(f"depths: with router_share={knobs.router_share} some tokens follow a teacher, whose routes say when to leave")
+        low, high = self.pool.steps_possible
+        shallow, deep = int(depths.min()), int(depths.max())
+        if shallow < low or deep > high:
+            raise ValueError(f"depths go from {shallow} to {deep}: must lie in {low} … {high}, the route steps that are possible")
 
     def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
         tokens, segment_BS = h_BTD.shape[1], journey.segment_BS

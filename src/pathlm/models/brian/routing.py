@@ -187,10 +187,16 @@ class RoutePool(nn.Module):
         return torch.where(budget >= 1, -torch.inf, value)
 
     @property
+    def steps_possible(self) -> tuple[int, int]:
+        """The smallest and the largest number of route steps that a token may take."""
+        assert self.config.min_route_steps is not None
+        return self.config.min_route_steps, self.config.max_route_steps
+
+    @property
     def lowest_budget(self) -> float:
         """The smallest share of route steps that is possible."""
-        assert self.config.min_route_steps is not None
-        return self.config.min_route_steps / self.config.max_route_steps
+        fewest, most = self.steps_possible
+        return fewest / most
 
     def check_budget(self, budget: float) -> None:
         """Raise `ValueError` for a budget that is no share, or that the model was not trained for."""

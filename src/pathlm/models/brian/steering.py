@@ -32,12 +32,13 @@ class Steering:
 
 def steer(
     pool: RoutePool, knobs: Knobs | None, *, shape: tuple[int, int], input_ids: Tensor | None, target_N: Tensor | None,
-    budget: float | None, training: bool, record: bool,
+    budget: float | None, training: bool, record: bool, depths: Tensor | None = None,
 ) -> Steering:  # fmt: skip
     """Return the plan for a pass of B rows of T tokens.
 
     Without knobs the router drives every token and may let it leave. In training, shares of tokens and rows are drawn; in evaluation any
-    share above 0 means all, so that nothing is left to chance. `target_N` are the labels of the next tokens, where there are any.
+    share above 0 means all, so that nothing is left to chance. `target_N` are the labels of the next tokens, where there are any. `depths`
+    (B, T) say after how many steps tokens leave, all but those that are measured.
     """
     knobs = knobs or Knobs()
     config, device = pool.config, pool.exit_threshold.device
@@ -45,19 +46,22 @@ def steer(
     # A teacher names one block, and the original path of a model that visits two must still be the original model.
     top_k = min(config.route_top_k, knobs.top_k or config.route_top_k) if knobs.router_share > 0 else 1
     guided = knobs.router_share > 0 or record
+    depth_N = None if depths is None else depths.to(device).flatten()
     threshold = pool.threshold(budget if budget is not None else (None if training else knobs.budget))
     if not training:
         driven = knobs.router_share > 0
-        stays = None if knobs.exit_share > 0 else torch.ones(rows * tokens, dtype=torch.bool, device=device)
+        stays = None if knobs.exit_share > 0 or depth_N is not None else torch.ones(rows * tokens, dtype=torch.bool, device=device)
         teacher = None if driven else teacher_routes(pool, knobs, shape, input_ids, training=False)
         driven_N = None if driven else torch.zeros(rows * tokens, dtype=torch.bool, device=device)
-        plan = Plan(threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays, record=record)
+        plan = Plan(threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays, depth_N=depth_N, record=record)
         return Steering(plan, driven)
     teacher = driven_N = watched = None
     if knobs.router_share < 1:
         teacher = teacher_routes(pool, knobs, shape, input_ids, training=True)
         driven_N = torch.rand(rows * tokens, device=device) < knobs.router_share
-    stays_N = (torch.rand(rows, 1, device=device) >= knobs.exit_share).expand(rows, tokens).flatten() if knobs.exit_share < 1 else None
+    stays_N = None
+    if knobs.exit_share < 1 and depth_N is None:
+        stays_N = (torch.rand(rows, 1, device=device) >= knobs.exit_share).expand(rows, tokens).flatten()
     if knobs.budget is not None:
         drawn = knobs.budget + knobs.budget_spread * (2 * torch.rand(rows, 1, device=device) - 1)
         threshold = pool.threshold(drawn.clamp(pool.lowest_budget, 1.0)).expand(rows, tokens).flatten()
@@ -68,8 +72,7 @@ def steer(
         watched = probe_N.nonzero()[:, 0]
         stays_N = probe_N if stays_N is None else stays_N | probe_N
         driven_N = None if driven_N is None else driven_N | probe_N
-    depth_N = None
-    if knobs.random_depth:
+    if knobs.random_depth and depth_N is None:
         longest, shortest = config.max_route_steps, pool.config.min_route_steps
         assert shortest is not None
         depth_N = torch.randint(shortest, longest + 1, (rows * tokens,), device=device)

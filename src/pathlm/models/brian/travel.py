@@ -29,6 +29,8 @@ class Journey:
     target_BT: Tensor | None
     segment_BS: Tensor | None
     trace: bool
+    depths: Tensor | None = None
+    """Route steps of every token (B, T), where these are not the router's choice"""
     records: Records = field(default_factory=Records)
     steering: Steering | None = None
     after_pool: list[Tensor] = field(default_factory=list)
@@ -116,7 +118,7 @@ def travel(
     journey.steering = steer(
         pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
-        record=journey.trace or (learns and _routed(knobs)),
+        depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
     run = PoolRun(pool, model.pool_blocks, Surroundings(rotary, mask, rows, recompute), journey.steering.plan)
     h_BTD, p_BTP = run.run(h_BTD)

@@ -35,7 +35,7 @@ class Signposts:
 def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
     """Whether a pass is one token that its router alone sends to one block at a time, and nobody asks how."""
     alone = h_BTD.shape[:2] == (1, 1) and not torch.is_grad_enabled() and not model.training
-    asked = journey.knobs is not None or journey.trace or journey.target_BT is not None
+    asked = journey.knobs is not None or journey.trace or journey.target_BT is not None or journey.depths is not None
     config = model.config
     tabled = config.router_sees_position or not config.location_bias
     return alone and not asked and tabled and config.route_top_k == 1 and h_BTD.dtype in (torch.float32, torch.float64)
