@@ -185,6 +185,7 @@ PLAIN = (
 FRESH = (
     Case("fresh", "brian", {"pool_blocks": 3, "max_route_steps": 4}, fresh=True),
     Case("fresh, top-2", "brian", {"pool_blocks": 3, "max_route_steps": 4, "route_top_k": 2}, fresh=True),
+    Case("fresh, top-2 of 8", "brian", {"pool_blocks": 8, "max_route_steps": 8, "route_top_k": 2, "block_position_dim": 64}, fresh=True),
     Case("fresh, longer than the pool", "brian", {"pool_blocks": 2, "max_route_steps": 4, "min_route_steps": 4}, fresh=True),
 )
 CASES = PLAIN + ROUTED + FRESH

@@ -24,6 +24,7 @@ LABELS = [5, 3, -100, 9, 1, 12, 7, 2]
 DOCUMENTS = [4, 4, 4, 2, 2, 2, 2, 2]
 BOTH = pytest.mark.parametrize("case", [replace(case, options=case.options | SMALL) for case in ROUTED], ids=str)
 LONG = {"steps": "1…4 steps", "pool": "4 blocks", "position": "arc", "reader": "to both"}
+LESSONS = "imitation balance selected_balance coverage cost location diversity exit exit_boundary z"
 USUAL = {factor: LONG.get(factor, "") for factor in ("bias", "repeats", "router", "budget", "attention", "ends")} | LONG
 
 
@@ -199,3 +200,42 @@ def test_the_metric_counts_the_blocks_that_ran(case: Case) -> None:
     assert metrics["route/block_evaluations"].item() == pytest.approx(slow.evaluations / len(ROW), rel=1e-6)
     steps = sum(map(len, slow.routes)) / len(ROW)
     assert metrics["route/steps_mean"].item() == pytest.approx(steps, rel=1e-6)
+
+
+@BOTH
+def test_all_that_can_be_taught_at_once_is_finite_whatever_is_legal(case: Case) -> None:
+    """Half of the tokens follow a teacher, whose blocks the routes of the others may have made illegal."""
+    model = case.build().train()
+    model._forward_pre_hooks.clear()
+    tokens = torch.tensor([ROW, ROW[::-1]])
+    knobs = Knobs(
+        router_share=0.5,
+        pseudo=0.5,
+        exit_share=0.5,
+        budget=0.9,
+        budget_spread=0.1,
+        probe_share=0.3,
+        noise=0.5,
+        gate=1.0,
+        **dict.fromkeys(LESSONS.split(), 1.0),
+    )
+    for _ in range(3):
+        out = model(tokens, labels=tokens, knobs=knobs, trace=True)
+        out.loss.backward()
+        assert out.loss.isfinite() and all(value.isfinite() for value in out.metrics.values()), out.metrics
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        start = model.config.pre_blocks
+        first = out.trace.block_BTS[..., start : start + model.config.max_route_steps]
+        assert not ((first == out.trace.second_BTR) & (first > 0)).any(), "a token visits two different blocks"
+
+
+@BOTH
+def test_a_router_that_is_taught_changes_nothing_about_the_path_it_watches(case: Case) -> None:
+    model = built(case)
+    model._forward_pre_hooks.clear()
+    with torch.no_grad():
+        for training in (False, True):
+            watched = quickly(model.train(training), knobs=Knobs(router_share=0.0, imitation=1.0))
+            assert (watched.trace.second_BTR == 0).all()
+            without = quickly(model, knobs=Knobs(router_share=0.0))
+            assert torch.equal(watched.logits, without.logits)

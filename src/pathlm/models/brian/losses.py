@@ -73,7 +73,7 @@ def taught(pool: RoutePool, found: Decisions, plan: Plan, knobs: Knobs) -> dict[
     if knobs.imitation:
         losses["imitation"] = imitation(found, plan, blocks, shortest)[0]
     if knobs.balance:
-        losses["balance"] = math.log(blocks) + torch.special.xlogy(mean_M, mean_M).sum()
+        losses["balance"] = math.log(blocks) + _plogp(mean_M).sum()
     if knobs.selected_balance:
         losses["selected_balance"] = blocks * (load(found, blocks) * mean_M).sum() - 1
     if knobs.coverage:
@@ -86,7 +86,7 @@ def taught(pool: RoutePool, found: Decisions, plan: Plan, knobs: Knobs) -> dict[
     if knobs.diversity:
         joint = torch.zeros(blocks + 1, blocks, dtype=share_LM.dtype, device=share_LM.device)
         joint = joint.index_add(0, found.at_L + 1, share_LM * stay_L[:, None]) / staying
-        losses["diversity"] = 1 + torch.special.xlogy(joint, joint).sum() / math.log(joint.numel())
+        losses["diversity"] = 1 + _plogp(joint).sum() / math.log(joint.numel())
     if knobs.exit_boundary:
         early_L = (found.step_L < knobs.exit_min_step) & (found.step_L >= shortest)
         losses["exit_boundary"] = (out_L * early_L).sum() / early_L.sum().clamp(min=1)
@@ -182,6 +182,11 @@ def difficulty_correlation(pool: RoutePool, records: Records, input_ids: Tensor,
     x, y = x - x.mean(), y - y.mean()
     scale = (x.square().sum() * y.square().sum()).sqrt()
     return torch.where(scale > 0, (x * y).sum() / scale.clamp(min=1e-12), 0.0)
+
+
+def _plogp(share: Tensor) -> Tensor:
+    """Return p · log p, whose slope at 0 is infinite and here merely large: a block that was never legal has no share."""
+    return share * share.clamp(min=1e-12).log()
 
 
 def _distance(pool: RoutePool, found: Decisions, stays_L: Tensor) -> Tensor:
