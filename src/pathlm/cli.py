@@ -170,13 +170,15 @@ def presets_() -> None:
 
     from pathlm.models.library import presets
 
-    table = Table("preset", "family", box=None, padding=(0, 1, 0, 0))
-    for name in ("parameters", "blocks\n× width", "vocab", "context", "MFLOPs\n/token", "cache bytes\n/token"):
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("preset", no_wrap=True)
+    for name in ("parameters", "blocks\n× width", "route\nsteps", "vocab", "context", "MFLOPs\n/token", "cache\nB/token"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, it in presets().items():
         size = f"{it.blocks} × {it.hidden_size}"
-        numbers = (f"{it.parameters:,}", size, f"{it.vocab_size:,}", f"{it.context:,}", f"{it.flops_per_token / 1e6:,.1f}")
-        table.add_row(name, it.family, *numbers, f"{it.cache_bytes_per_token:,}")
+        steps = str(it.max_route_steps or "–")
+        numbers = (f"{it.parameters:,}", size, steps, f"{it.vocab_size:,}", f"{it.context:,}", f"{it.flops_per_token / 1e6:,.1f}")
+        table.add_row(name, *numbers, f"{it.cache_bytes_per_token:,}")
     Console().print(table)
 
 

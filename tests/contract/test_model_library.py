@@ -33,8 +33,15 @@ def tiny(**options: Any) -> BrianForCausalLM:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool_blocks": 2}, "pool_blocks=2: routing is not available in this version"),
-        ({"max_route_steps": 4}, "max_route_steps=4: routing is not available in this version"),
+        ({"pool_blocks": 2}, "max_route_steps=0: pool_blocks=2 needs at least 1"),
+        ({"max_route_steps": 4}, "max_route_steps=4: there are no pool blocks to visit"),
+        ({"pool_blocks": 2, "max_route_steps": 3, "min_route_steps": 4}, "min_route_steps=4: must lie in 1 … max_route_steps=3"),
+        ({"pool_blocks": 1, "max_route_steps": 3, "route_top_k": 2}, "route_top_k=2: must be 1, or 2 where pool_blocks=1 is at least 2"),
+        ({"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 3}, "route_top_k=3: must be 1, or 2"),
+        ({"pool_blocks": 1, "max_route_steps": 3, "max_repeats": 2}, "max_repeats=2: needs more than route_top_k=1 pool blocks"),
+        ({"pool_blocks": 2, "max_route_steps": 3, "memory": "global"}, "memory='global': must be one of local"),
+        ({"pool_blocks": 2, "max_route_steps": 3, "block_position": "spiral"}, "block_position='spiral': must be one of arc"),
+        ({"pool_blocks": 2, "max_route_steps": 3, "block_position_dim": 3}, "block_position_dim=3: must be even"),
         ({"pre_blocks": 0, "post_blocks": 0}, "pre_blocks=0: the model needs at least one block"),
         ({"post_blocks": -1}, "post_blocks=-1: must not be negative"),
         ({"hidden_size": 100, "num_attention_heads": 12}, "hidden_size=100: must be a multiple of num_attention_heads=12"),
@@ -66,22 +73,41 @@ def test_the_configuration_checks_types_when_built_directly() -> None:
     with pytest.raises(StrictDataclassError):
         BrianConfig(hidden_size=32.5)
     with pytest.raises(StrictDataclassError):
-        BrianConfig(pool_blocks=1)
+        BrianConfig(pool_blocks=1)  # nobody may visit it: max_route_steps is 0
 
 
 def test_presets_have_the_promised_shapes_and_exact_costs() -> None:
     table = pathlm.presets()
     shapes = {name: (s.blocks, s.hidden_size, s.vocab_size, s.context) for name, s in table.items()}
     assert shapes == {
-        "plain-tiny": (4, 128, 4_096, 512),
+        "plain-tiny": (6, 128, 4_096, 512),
         "plain-125m": (12, 768, 32_000, 2_048),
         "plain-350m": (24, 960, 32_000, 2_048),
         "plain-1b": (32, 1_536, 32_000, 2_048),
+        "brian-tiny": (6, 128, 4_096, 512),
+        "brian-r125": (12, 768, 32_000, 2_048),
+        "brian-r350": (24, 960, 32_000, 2_048),
+        "brian-r1b": (32, 1_536, 32_000, 2_048),
     }
     counts = {name: s.parameters for name, s in table.items()}
-    assert counts == {"plain-tiny": 1_328_256, "plain-125m": 134_105_856, "plain-350m": 326_907_840, "plain-1b": 1_004_373_504}
+    assert counts == {
+        "plain-tiny": 1_730_176,
+        "plain-125m": 134_105_856,
+        "plain-350m": 326_907_840,
+        "plain-1b": 1_004_373_504,
+        "brian-tiny": 1_741_136,
+        "brian-r125": 134_555_712,
+        "brian-r350": 329_015_296,
+        "brian-r1b": 1_009_330_304,
+    }
+    for routed, plain in (("tiny", "tiny"), ("r125", "125m"), ("r350", "350m"), ("r1b", "1b")):
+        mine, its = table[f"brian-{routed}"], table[f"plain-{plain}"]
+        assert (mine.blocks, its.max_route_steps) == (its.blocks, 0)
+        assert 0 < mine.max_route_steps <= mine.blocks
+        assert mine.cache_bytes_per_token == its.cache_bytes_per_token, "as many visits as the plain decoder has blocks"
+        assert 1 < mine.flops_per_token / its.flops_per_token < 1.01, "the router is cheap"
     assert table["plain-125m"].cache_bytes_per_token == 2 * 12 * 768 * 2
-    assert table["plain-tiny"].flops_per_token == 2 * (4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128 * 513 / 2) + 128 * 4_096)
+    assert table["plain-tiny"].flops_per_token == 2 * (6 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128 * 513 / 2) + 128 * 4_096)
     model = pathlm.build(pathlm.preset("plain-tiny"))
     assert sum(p.numel() for p in model.parameters()) == table["plain-tiny"].parameters
     assert model.flops_per_token(512) == table["plain-tiny"].flops_per_token
@@ -105,7 +131,7 @@ def test_initial_weights_shrink_where_they_write_to_the_residual_stream() -> Non
     torch.manual_seed(0)
     model = pathlm.build(pathlm.preset("plain-tiny"))
     block = model.blocks[0]
-    for weight, std in ((block.qkv_proj.weight, 0.02), (model.embed_tokens.weight, 0.02), (block.down_proj.weight, 0.02 / 8**0.5)):
+    for weight, std in ((block.qkv_proj.weight, 0.02), (model.embed_tokens.weight, 0.02), (block.down_proj.weight, 0.02 / 12**0.5)):
         assert weight.std().item() == pytest.approx(std, rel=0.03)
     assert (block.mlp_norm.weight == 1).all()
 
@@ -159,9 +185,9 @@ def test_caches_of_transformers_work_where_they_grow_and_are_refused_where_not()
     with pytest.raises(ValueError, match="StaticCache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
     with pytest.raises(ValueError, match="offloading"):
-        BrianCache(1).layers[0].offload()
+        BrianCache(model.config).layers[0].offload()
     with pytest.raises(ValueError, match="negative"):
-        BrianCache(1).crop(3)
+        BrianCache(model.config).crop(3)
 
 
 def test_logits_are_kept_where_asked_and_embeddings_may_come_from_outside() -> None:

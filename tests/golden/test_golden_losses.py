@@ -13,7 +13,10 @@ from pathlm.models.layers import RMSNorm
 from pathlm.models.library import build, preset
 
 GOLDEN = {
-    "brian-plain": ("plain-tiny", {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}),
+    "brian-plain": (
+        "plain-tiny",
+        {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "pre_blocks": 2, "post_blocks": 2},
+    ),
 }
 
 

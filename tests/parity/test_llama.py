@@ -145,8 +145,8 @@ def test_folders_are_converted_both_ways(dtype: torch.dtype, tmp_path: Path) -> 
 def test_a_split_that_does_not_add_up_is_refused() -> None:
     with pytest.raises(ValueError, match="must add up to the model's 3 layers"):
         from_llama(llama(), pre_blocks=2, post_blocks=2)
-    with pytest.raises(ValueError, match="routing is not available"):
-        from_llama(llama(), pool_blocks=1)
+    with pytest.raises(ValueError, match="pre_blocks=3, pool_blocks=1, post_blocks=-1: must add up to the model's 3 layers"):
+        from_llama(llama(), pre_blocks=3, pool_blocks=1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ class PresetSummary:
     parameters: int
     """Exact; tied weights count once"""
     blocks: int
+    max_route_steps: int
+    """Visits to a pool's blocks that a token may make; 0 where there is no pool"""
     hidden_size: int
     vocab_size: int
     context: int
@@ -59,6 +61,7 @@ def summarise(name: str, config: PreTrainedConfig) -> PresetSummary:
         family=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         blocks=config.num_hidden_layers,
+        max_route_steps=config.max_route_steps,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,

@@ -24,7 +24,7 @@ def _routed(
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores.
-    "plain-tiny": _plain(128, blocks=(2, 2), heads=4, hidden=352, vocab_size=4_096, max_position_embeddings=512, tie_word_embeddings=True),
+    "plain-tiny": _plain(128, blocks=(5, 1), heads=4, hidden=352, vocab_size=4_096, max_position_embeddings=512, tie_word_embeddings=True),
     # The baselines of the routed models of 125, 350 and 1,000 million parameters.
     "plain-125m": _plain(768, blocks=(10, 2), heads=12, hidden=2_048),
     "plain-350m": _plain(960, blocks=(20, 4), heads=16, hidden=2_560),
