@@ -65,7 +65,7 @@ def run(
 
     place = find_checkpoint(model_folder)
     trained_on = run_record(model_folder).get("config", {}).get("data", {})
-    data = Corpus.open(_corpus_folder(corpus, trained_on, model_folder), verify=False)
+    data = Corpus.open(corpus_folder(corpus, trained_on, model_folder), verify=False)
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
     if order < 0:
         raise ValueError(f"order={order}: must be at least 1, or 0 for no n-grams")
@@ -82,7 +82,7 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "ngrams": _ngrams(data, split, chosen, order=order, console=console),
     }
-    with _bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
+    with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
         mine = score(
             model, data, split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
             records=records, progress=advance,
@@ -183,7 +183,8 @@ def _ngrams(corpus: Any, split: str, chosen: Sequence[Any], *, order: int, conso
         return ngram_scores(corpus, split, chosen, order=order)
 
 
-def _corpus_folder(corpus: Path | str | None, trained_on: dict[str, Any], model_folder: Path | str) -> Path:
+def corpus_folder(corpus: Path | str | None, trained_on: dict[str, Any], model_folder: Path | str) -> Path:
+    """Return the folder of the named corpus, or of the one a run was trained on; refuses where there is neither."""
     folder = corpus or trained_on.get("corpus")
     if folder is None:
         raise ValueError(f"corpus: {model_folder} does not say which corpus it was trained on; name one")
@@ -199,7 +200,7 @@ def _name(model_folder: Path | str, place: Path) -> str:
 
 
 @contextmanager
-def _bar(console: Console | None, label: str, *, total: int) -> Iterator[Callable[[int], object] | None]:
+def bar(console: Console | None, label: str, *, total: int) -> Iterator[Callable[[int], object] | None]:
     """Show a progress bar over `total` tokens and yield the function that moves it on."""
     if console is None:
         yield None

@@ -103,7 +103,7 @@ def score(
     chosen = choose(corpus, split, max_documents=max_documents, max_tokens=max_tokens)
     begun, nats, tokens = time.perf_counter(), 0.0, 0
     kept: tuple[list[int], list[np.ndarray], list[np.ndarray]] = ([], [], [])
-    for group in _groups(chosen):
+    for group in groups(chosen):
         documents = [corpus.document_tokens(split, record.number) for record in group]
         losses = token_losses(model, documents, context=context, stride=stride, batch_tokens=batch_tokens, progress=progress)
         for record, loss in zip(group, losses, strict=True):
@@ -131,12 +131,15 @@ def token_losses(
     stride: int,
     batch_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
+    call: Callable[[Sequence[tuple[int, Window]], dict[str, Any]], Any] | None = None,
 ) -> list[np.ndarray]:
     """Return, per document, −ln p in nats of its tokens from place 1 on, each given the tokens before it that its window holds.
 
     Windows of similar length run together, at most `batch_tokens` tokens a batch (default: 2048 on the CPU, 16384 elsewhere). float32, or
-    float64 for a float64 model.
+    float64 for a float64 model. `call(batch, inputs)` runs the model on a batch of (document, window) instead of `model(**inputs)`, to ask
+    for more or to look at what comes back.
     """
+    call = call or (lambda _, inputs: model(**inputs))
     batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
     losses = [np.full(len(tokens) - 1, np.nan, dtype=np.float64 if model.dtype == torch.float64 else np.float32) for tokens in documents]
     jobs = [(number, window) for number, tokens in enumerate(documents) for window in windows(len(tokens), context=context, stride=stride)]
@@ -144,7 +147,7 @@ def token_losses(
     jobs.sort(key=lambda job: (job[1].first - job[1].start, job[1].start - job[1].stop))
     with evaluating(model), torch.inference_mode():
         for batch in _batches(jobs, batch_tokens):
-            found_BK = _forward(model, [(documents[number], window) for number, window in batch]).cpu().numpy()
+            found_BK = _forward(model, documents, batch, call).cpu().numpy()
             counted = 0
             for (number, window), row in zip(batch, found_BK, strict=True):
                 size = window.stop - window.first + 1
@@ -155,15 +158,15 @@ def token_losses(
     return losses
 
 
-def _forward(model: Any, batch: Sequence[tuple[np.ndarray, Window]]) -> Tensor:
+def _forward(model: Any, documents: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], call: Callable[..., Any]) -> Tensor:
     """Feed windows, padded on the right, and return the loss of each place that counts (B, K), rubbish after a window's end."""
     skip = batch[0][1].first - batch[0][1].start - 1
     width = max(window.stop - window.start for _, window in batch)
     ids_BT = np.zeros((len(batch), width), dtype=np.int64)
     mask_BT = np.zeros((len(batch), width), dtype=np.int64)
     target_BK = np.full((len(batch), width - skip), IGNORE, dtype=np.int64)
-    for row, (tokens, window) in enumerate(batch):
-        size = window.stop - window.start
+    for row, (number, window) in enumerate(batch):
+        tokens, size = documents[number], window.stop - window.start
         ids_BT[row, :size] = tokens[window.start : window.stop]
         mask_BT[row, :size] = 1
         target_BK[row, : size - skip] = tokens[window.first : window.stop + 1]
@@ -172,7 +175,7 @@ def _forward(model: Any, batch: Sequence[tuple[np.ndarray, Window]]) -> Tensor:
         options["attention_mask"] = torch.from_numpy(mask_BT).to(model.device)
     if keeps := "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = width - skip
-    logits_BKV = model(input_ids=torch.from_numpy(ids_BT).to(model.device), **options).logits
+    logits_BKV = call(batch, {"input_ids": torch.from_numpy(ids_BT).to(model.device)} | options).logits
     logits_BKV = logits_BKV if keeps else logits_BKV[:, skip:]
     logits_BKV = logits_BKV if logits_BKV.dtype == torch.float64 else logits_BKV.float()
     target = torch.from_numpy(target_BK).to(logits_BKV.device)
@@ -225,7 +228,7 @@ def reach(model: Any, context: int | None = None, stride: int | None = None) -> 
     return context, stride
 
 
-def _groups(records: Sequence[Any]) -> Iterator[list[Any]]:
+def groups(records: Sequence[Any]) -> Iterator[list[Any]]:
     """Cut document records into lists of about `GROUP_TOKENS` tokens."""
     group: list[Any] = []
     size = 0

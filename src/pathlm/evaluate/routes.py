@@ -1,0 +1,175 @@
+"""The route of every token of some documents: the steps it took, the blocks run for it, and the loss after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathlm.evaluate.lm import LanguageScore, Window, choose, groups, reach, token_losses
+
+# Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window
+
+COLUMNS = {
+    "document": np.int32, "position": np.int32, "token": np.int32, "following": np.int32,
+    "loss": np.float32, "steps": np.int16, "evaluations": np.int16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class RouteRecords:
+    """Every token of some documents that a next token was predicted for, in the order of the corpus.
+
+    Row i is about a token and the loss after it; the same row of `TokenLosses` is about the token that follows, with the same loss.
+    """
+
+    document: np.ndarray
+    """int32: the document's number in its split"""
+    position: np.ndarray
+    """int32: the token's place in its document, from 0"""
+    token: np.ndarray
+    """int32: the token itself"""
+    following: np.ndarray
+    """int32: the token after it"""
+    loss: np.ndarray
+    """float32: −ln p(the token after it), in nats"""
+    steps: np.ndarray
+    """int16: route steps it took in the pool, 0 for a plain decoder"""
+    evaluations: np.ndarray
+    """int16: blocks run for it, before, in and after the pool"""
+    header: dict[str, Any]
+    """What was measured: split, context, stride, budget, most route steps, bytes of the documents."""
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def score(self) -> RouteScore:
+        """Sum up."""
+        documents, most = len(np.unique(self.document)), self.header["max_route_steps"]
+        whole = LanguageScore.of(float(self.loss.sum(dtype=np.float64)), tokens=len(self), size=self.header["bytes"], documents=documents)
+        mean = float(self.steps.mean())
+        return RouteScore(
+            self.header["budget"], whole.loss, whole.bits_per_byte, mean, mean / most if most else 0.0, float(self.evaluations.mean()),
+            (np.bincount(self.steps, minlength=most + 1) / len(self)).tolist(), len(self), documents,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RouteScore:
+    """What a model lost on whole documents and what it computed for that."""
+
+    budget: float | None
+    loss: float
+    """Nats per token"""
+    bits_per_byte: float
+    steps_mean: float
+    steps_share: float
+    """Mean route steps as a share of the most that are possible"""
+    block_evaluations: float
+    """Blocks run per token, before, in and after the pool"""
+    histogram: list[float]
+    """Share of tokens that took 0, 1, 2 … route steps"""
+    tokens: int
+    documents: int
+
+
+def route_table(
+    model: Any,
+    corpus: Any,
+    split: str = "validation",
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    budget: float | None = None,
+    depths: np.ndarray | None = None,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> RouteRecords:
+    """Read whole documents of a split and return, per token, its route steps and the loss after it.
+
+    Documents, windows, `context`, `stride`, `max_documents` and `max_tokens` are those of `evaluate.lm.score`. A token of several windows
+    is told of as it was in the one that counted it. `budget` is the model's; `depths` (N,) give every token its number of route steps
+    instead of the router's choice to leave. A plain decoder may be measured, too.
+
+    Raises `ValueError` for a model that keeps no traces, for numbers out of range, and for a loss that is not finite.
+    """
+    context, stride = reach(model, context, stride)
+    chosen = choose(corpus, split, max_documents=max_documents, max_tokens=max_tokens)
+    total = sum(record.tokens - 1 for record in chosen)
+    if depths is not None and depths.shape != (total,):
+        raise ValueError(f"depths: has shape {depths.shape}, must be ({total},), one per predicted token")
+    check_budgets(model, () if budget is None else (budget,))
+    kept: list[tuple[np.ndarray, ...]] = []
+    done = 0
+    for group in groups(chosen):
+        documents = [corpus.document_tokens(split, record.number) for record in group]
+        ends = done + np.cumsum([len(tokens) - 1 for tokens in documents])
+        given = None if depths is None else np.split(depths[done : ends[-1]], ends[:-1] - done)
+        watch = _Watch(model, documents, budget, given)
+        losses = token_losses(model, documents, context=context, stride=stride, progress=progress, call=watch)
+        for record, tokens, loss, steps, evaluations in zip(group, documents, losses, watch.steps, watch.evaluations, strict=True):
+            if not np.isfinite(loss).all():
+                raise ValueError(f"the loss of document {record.id!r} is not finite: the model is broken or its precision is too low")
+            place = np.arange(len(loss), dtype=np.int32)
+            kept.append((np.full(len(loss), record.number, dtype=np.int32), place, tokens[:-1], tokens[1:], loss, steps, evaluations))
+        done = int(ends[-1])
+    columns = {
+        name: np.concatenate(parts).astype(kind) for (name, kind), parts in zip(COLUMNS.items(), zip(*kept, strict=True), strict=True)
+    }
+    header = {"split": split, "corpus": corpus.manifest["digest"], "context": context, "stride": stride, "budget": budget}
+    header |= {"max_route_steps": getattr(model.config, "max_route_steps", 0), "bytes": sum(record.bytes for record in chosen)}
+    return RouteRecords(**columns, header=header)
+
+
+class _Watch:
+    """Runs the model on windows and notes what their tokens did."""
+
+    def __init__(self, model: Any, documents: Sequence[np.ndarray], budget: float | None, depths: Sequence[np.ndarray] | None) -> None:
+        self.model, self.budget, self.depths = model, budget, depths
+        self.steps = [np.zeros(len(tokens) - 1, dtype=np.int16) for tokens in documents]
+        self.evaluations = [np.zeros(len(tokens) - 1, dtype=np.int16) for tokens in documents]
+
+    def __call__(self, batch: Sequence[tuple[int, Window]], inputs: dict[str, Any]) -> Any:
+        ids_BT: Tensor = inputs["input_ids"]
+        if self.budget is not None:
+            inputs["budget"] = self.budget
+        if self.depths is not None:
+            depth_BT = np.full(ids_BT.shape, self.model.config.min_route_steps, dtype=np.int64)
+            for row, (number, window) in enumerate(batch):
+                depth_BT[row, : window.stop - window.start] = self.depths[number][window.start : window.stop]
+            inputs["depths"] = torch.from_numpy(depth_BT).to(ids_BT.device)
+        output = self.model(**inputs, trace=True)
+        trace = getattr(output, "trace", None)
+        if trace is None:
+            raise ValueError(f"a {type(self.model).__name__} keeps no traces: routes are measured on models of this package")
+        visited_BTS = trace.block_BTS > 0
+        pool = slice(trace.first_route_step, trace.first_route_step + self.model.config.max_route_steps)
+        evaluated_BT = visited_BTS.sum(-1)
+        if trace.second_BTR is not None:
+            evaluated_BT = evaluated_BT + (trace.second_BTR > 0).sum(-1)
+        steps_BT, evaluated_BT = visited_BTS[..., pool].sum(-1).cpu().numpy(), evaluated_BT.cpu().numpy()
+        for row, (number, window) in enumerate(batch):
+            # The loss of the token at place p was predicted at place p − 1.
+            counted, here = slice(window.first - 1, window.stop), slice(window.first - 1 - window.start, window.stop - window.start)
+            self.steps[number][counted], self.evaluations[number][counted] = steps_BT[row, here], evaluated_BT[row, here]
+        return output
+
+
+def check_budgets(model: Any, budgets: Sequence[float]) -> None:
+    """Raise `ValueError` for the first budget that the model has not been trained for."""
+    pool = getattr(model, "pool", None)
+    for budget in budgets:
+        if pool is None:
+            raise ValueError(f"budget={budget}: the model has no pool to leave early")
+        pool.check_budget(budget)
+
+
+def budget_curve(model: Any, corpus: Any, split: str, budgets: Sequence[float], **options: Any) -> list[RouteScore]:
+    """Measure one model at several budgets, smallest first; `options` are those of `route_table`."""
+    check_budgets(model, budgets)
+    return [route_table(model, corpus, split, budget=budget, **options).score() for budget in sorted(budgets)]

@@ -1,0 +1,306 @@
+"""Routes of every token, budgets, and controls: equal to one traced forward pass per document, and to histograms counted by hand."""
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from arrays import ArrayCorpus, make_llama, random_documents
+
+from pathlm import build, preset
+from pathlm.evaluate import routing
+from pathlm.evaluate.controls import PASSES, controls, frequency_depths, random_depths, static_depths, token_frequency
+from pathlm.evaluate.lm import score, token_losses
+from pathlm.evaluate.records import TokenLosses
+from pathlm.evaluate.routes import budget_curve, route_table
+from pathlm.evaluate.routing import aligned, difficulty_depth
+
+VOCABULARY = 40
+STEPS = 4
+
+
+def make_routed(top_k=1, context=16):
+    """A model whose tokens leave at different steps, by a threshold that asks for less gain the larger the budget."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "block_position_dim": 8, "initializer_range": 0.3}
+    model = build(preset("brian-tiny", vocab_size=VOCABULARY, max_position_embeddings=context, route_top_k=top_k, **sizes))
+    pool = model.pool
+    with torch.no_grad():
+        for parameter in pool.router.parameters():
+            parameter.normal_(std=0.5)
+        pool.exit_threshold.copy_(torch.linspace(4, -4, len(pool.exit_threshold)))
+        pool.budgets_trained.copy_(torch.tensor([0.4, 1.0]))
+        pool.budget_default.fill_(0.6)
+    return model.double().eval()
+
+
+def make_plain(context=16):
+    torch.manual_seed(1)
+    return build(preset("plain-tiny", vocab_size=VOCABULARY, max_position_embeddings=context, initializer_range=0.3)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_routed()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return ArrayCorpus(validation=random_documents([4, 14, 9, 33, 1, 15, 40]), train=random_documents([200, 100], seed=5))
+
+
+@pytest.fixture(scope="module")
+def records(model, corpus):
+    return route_table(model, corpus, context=16)
+
+
+@torch.no_grad()
+def traced(model, tokens, **options):
+    """Steps in the pool and blocks run for every token of a row, counted in its paths."""
+    trace = model(input_ids=torch.tensor([list(tokens)]), trace=True, **options).trace
+    first, pre_and_post = trace.first_route_step, model.config.pre_blocks + model.config.post_blocks
+    steps = [sum(block > 0 for block in route[first : first + STEPS]) for route in trace.block_BTS[0].tolist()]
+    both = [sum(block > 0 for block in route) for route in trace.second_BTR[0].tolist()]
+    return steps, [pre_and_post + a + b for a, b in zip(steps, both, strict=True)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_steps_and_blocks_equal_those_of_one_traced_pass_per_document(corpus, top_k):
+    model = make_routed(top_k, context=64)
+    found = route_table(model, corpus)
+    expected = [traced(model, document[:-1]) for document in corpus.data["validation"]]
+    assert found.steps.tolist() == [n for steps, _ in expected for n in steps]
+    assert found.evaluations.tolist() == [n for _, evaluations in expected for n in evaluations]
+    assert len(np.unique(found.steps)) > 2
+
+
+def test_long_documents_tell_of_each_token_as_in_the_window_that_counted_it(model, corpus):
+    found = route_table(model, corpus, context=10, stride=4)
+    document = corpus.data["validation"][3]
+    expected = []
+    for place in range(len(document) - 1):
+        moves = 0 if place < 10 else math.ceil((place + 1 - 10) / 4)
+        expected.append(traced(model, document[4 * moves : place + 1])[0][-1])
+    assert found.steps[found.document == 3].tolist() == expected
+
+
+def test_rows_say_which_token_and_what_its_successor_cost(model, corpus, records, tmp_path):
+    assert score(model, corpus, context=16, records=tmp_path / "own").loss == pytest.approx(records.score().loss)
+    assert records.token.tolist() == [t for d in corpus.data["validation"] for t in d[:-1]]
+    assert records.following.tolist() == [t for d in corpus.data["validation"] for t in d[1:]]
+    assert records.position.tolist() == [p for d in corpus.data["validation"] for p in range(len(d) - 1)]
+    losses = token_losses(model, corpus.data["validation"], context=16, stride=8)
+    np.testing.assert_allclose(records.loss, np.concatenate(losses), rtol=1e-6)
+
+
+def test_a_score_sums_up_rows(records, corpus):
+    found = records.score()
+    assert found.steps_mean == pytest.approx(records.steps.mean()) and found.steps_share == pytest.approx(records.steps.mean() / STEPS)
+    assert found.block_evaluations == pytest.approx(2 + records.steps.mean())
+    assert [share * len(records) for share in found.histogram] == pytest.approx([(records.steps == n).sum() for n in range(STEPS + 1)])
+    bytes_ = 3 * sum(len(document) for document in corpus.data["validation"])
+    assert found.bits_per_byte == pytest.approx(records.loss.sum() / math.log(2) / bytes_)
+
+
+def test_a_plain_decoder_takes_no_steps_and_runs_all_its_blocks(corpus):
+    found = route_table(make_plain(), corpus)
+    assert not found.steps.any() and (found.evaluations == make_plain().config.num_hidden_layers).all()
+    assert found.score().steps_share == 0
+
+
+def test_a_model_without_traces_is_refused(corpus):
+    with pytest.raises(ValueError, match="LlamaForCausalLM keeps no traces"):
+        route_table(make_llama(), corpus)
+
+
+def test_larger_budgets_take_more_steps_and_the_whole_one_takes_all(model, corpus):
+    curve = budget_curve(model, corpus, "validation", [1.0, 0.4, 0.7], context=16)
+    assert [point.budget for point in curve] == [0.4, 0.7, 1.0]
+    means = [point.steps_mean for point in curve]
+    assert means == sorted(means) and means[0] < means[1] < means[2] == STEPS
+    assert curve[0].loss == pytest.approx(route_table(model, corpus, budget=0.4, context=16).score().loss)
+
+
+def test_budgets_that_were_not_trained_are_refused_before_any_work(model, corpus):
+    with pytest.raises(ValueError, match=r"budget=0.3: must lie between 0.4 and 1"):
+        budget_curve(model, corpus, "no such split", [0.5, 0.3])
+    with pytest.raises(ValueError, match="no pool"):
+        budget_curve(make_plain(), corpus, "validation", [0.5])
+
+
+def test_depths_are_the_steps_taken_in_every_window(model, corpus, records):
+    depth = random_depths(records.steps, seed=1)
+    found = route_table(model, corpus, context=10, stride=3, depths=depth)
+    assert found.steps.tolist() == depth.tolist()
+    same = route_table(model, corpus, context=16, depths=records.steps)
+    # Tokens of the history of a later window may have left at another step there, so only first windows must agree.
+    first = np.isin(records.document, [0, 1, 2, 4, 5])
+    np.testing.assert_allclose(same.loss[first], records.loss[first], rtol=1e-6)
+    with pytest.raises(ValueError, match="one per predicted token"):
+        route_table(model, corpus, depths=depth[1:])
+
+
+def drawn_steps(tokens=500, seed=0):
+    draw = np.random.default_rng(seed)
+    return draw.integers(1, 7, size=tokens).astype(np.int16), draw.integers(0, 12, size=tokens) ** 2
+
+
+@pytest.mark.parametrize("rare_deep", [True, False])
+def test_controls_have_exactly_the_histogram_asked_for(rare_deep):
+    steps, frequency = drawn_steps()
+    for depth in (random_depths(steps), frequency_depths(steps, frequency, rare_deep=rare_deep)):
+        assert np.bincount(depth).tolist() == np.bincount(steps).tolist()
+        assert not np.array_equal(depth, steps)
+
+
+def test_depths_by_frequency_never_put_a_rarer_token_below_a_more_frequent_one():
+    steps, frequency = drawn_steps()
+    for rare_deep in (True, False):
+        depth = frequency_depths(steps, frequency, rare_deep=rare_deep)
+        order = np.argsort(-frequency if rare_deep else frequency)
+        by_kind = [depth[order][frequency[order] == kind] for kind in dict.fromkeys(frequency[order].tolist())]
+        assert all(before.max() <= after.min() for before, after in pairwise(by_kind))
+        assert any(len(np.unique(kind)) > 1 for kind in by_kind), "ties across a boundary must occur in this test"
+
+
+def test_random_depths_know_nothing_of_steps_or_frequency():
+    steps, frequency = drawn_steps(20_000)
+    depth = random_depths(steps)
+    assert abs(np.corrcoef(depth, steps)[0, 1]) < 0.03 and abs(np.corrcoef(depth, frequency)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    "steps", [drawn_steps()[0], np.array([3, 3, 3]), np.array([1, 2]), np.array([1, 1, 1, 2, 8, 8, 8], dtype=np.int16)]
+)
+def test_static_depths_keep_the_mean_with_two_neighbouring_numbers(steps):
+    depth = static_depths(steps)
+    assert depth.sum() == steps.sum() and depth.dtype == steps.dtype
+    assert set(depth.tolist()) <= {math.floor(steps.mean()), math.ceil(steps.mean())}
+    assert np.abs(np.cumsum(depth) - np.arange(1, len(steps) + 1) * steps.mean()).max() < 1
+
+
+def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
+    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
+    found = controls(model, corpus, "validation", records, frequency, draws=50, context=16)
+    assert set(found) == {"random", "static", "rare_deep", "frequent_deep", "frequency"}
+    routed = records.score()
+    for name in ("random", "rare_deep", "frequent_deep"):
+        assert found[name]["histogram"] == pytest.approx(routed.histogram)
+    assert found["static"]["steps_mean"] == pytest.approx(routed.steps_mean)
+    depth = frequency_depths(records.steps, frequency[records.token], rare_deep=True)
+    by_hand = route_table(model, corpus, context=16, depths=depth)
+    assert found["rare_deep"]["loss"] == pytest.approx(by_hand.loss.mean(dtype=np.float64))
+    assert found["rare_deep"]["excess"]["value"] == pytest.approx(float(by_hand.loss.mean(dtype=np.float64)) - routed.loss, abs=1e-6)
+    assert found["frequency"]["loss"] == min(found["rare_deep"]["loss"], found["frequent_deep"]["loss"])
+    assert found[found["frequency"]["rule"]]["loss"] == found["frequency"]["loss"]
+
+
+def test_frequencies_are_those_of_the_training_split(corpus):
+    count = token_frequency(corpus, vocabulary=VOCABULARY)
+    every = np.concatenate(corpus.data["train"]).tolist()
+    assert count.tolist() == [every.count(token) for token in range(VOCABULARY)]
+
+
+def test_depth_that_follows_difficulty_is_found_and_depth_by_frequency_is_not(corpus, records):
+    draw = np.random.default_rng(0)
+    frequency = np.arange(VOCABULARY) + 1
+    hard = draw.normal(size=len(records))
+    rank = np.argsort(np.argsort(hard))
+    follows = np.sort(records.steps)[rank]
+    by_token = frequency_depths(records.steps, frequency[records.token], rare_deep=True)
+    loss = hard - 2 * np.log1p(frequency[records.token]) / np.log1p(frequency).std()
+    fields = {name: getattr(records, name) for name in ("document", "position", "token", "following", "loss", "evaluations", "header")}
+    found = difficulty_depth(type(records)(**fields, steps=follows), loss, frequency, draws=100)
+    assert all(estimate.low > 0 for estimate in found.values())
+    assert set(found) == {"spearman", "pearson", "partial_spearman", "partial_spearman_following"}
+    found = difficulty_depth(type(records)(**fields, steps=by_token), loss, frequency, draws=100)
+    assert found["spearman"].low > 0 and found["partial_spearman"].low < 0.1
+
+
+def test_losses_of_other_tokens_are_refused(corpus, records):
+    numbers, documents = list(range(7)), corpus.data["validation"]
+    losses = [np.arange(len(document) - 1.0) for document in documents]
+    same = TokenLosses.of(numbers, documents, losses, {})
+    assert aligned(records, same).tolist() == np.concatenate(losses).tolist()
+    with pytest.raises(ValueError, match="other tokens"):
+        aligned(records, TokenLosses.of(numbers[1:], documents[1:], losses[1:], {}))
+    with pytest.raises(ValueError, match="other tokens"):
+        aligned(records, TokenLosses.of(numbers, [document[::-1] for document in documents], losses, {}))
+    with pytest.raises(ValueError, match="one per token"):
+        aligned(records, same.loss[1:])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A small prepared corpus, and a routed and a plain model that share its tokenizer, saved."""
+    from pathlm.text.corpus import Corpus
+    from pathlm.text.prepare import prepare, prepare_config
+
+    folder = tmp_path_factory.mktemp("routing")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(["night", "day", "rain", "stone", "river"], size=20)) + "." for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(prepare_config({"out": str(folder / "corpus"), "sources": [str(folder / "text.jsonl")], "vocab_size": 270}))
+    corpus = Corpus.open(folder / "corpus")
+    for name, model in (("routed", make_routed), ("plain", make_plain)):
+        made = model(context=32)
+        made.resize_token_embeddings(corpus.vocab_size)
+        made.config.vocab_size = corpus.vocab_size
+        if made.pool is not None:
+            for table in ("difficulty_sum", "difficulty_count"):
+                setattr(made.pool, table, torch.zeros(corpus.vocab_size))
+        made.float().save_pretrained(folder / name)
+        corpus.tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def test_a_run_writes_everything_beside_its_evaluation(prepared):
+    options = {"plain": prepared / "plain", "draws": 20, "max_documents": 6, "device": "cpu"}
+    result = routing.run(prepared / "routed", prepared / "corpus", "train", **options)
+    assert result == json.loads((prepared / "routed" / "routes.json").read_text())["train"]
+    assert [point["budget"] for point in result["budgets"]] == pytest.approx([0.4, 0.55, 0.7, 0.85, 1.0])
+    assert result["routed"]["tokens"] == result["budgets"][0]["tokens"] and result["routed"]["documents"] == 6
+    assert result["plain"]["routed_excess"]["value"] == pytest.approx(result["routed"]["loss"] - result["plain"]["loss"], abs=1e-5)
+    assert all(-1 <= found["low"] <= found["value"] <= found["high"] <= 1 for found in result["difficulty"].values())
+
+
+def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prepared, capsys):
+    from rich.console import Console
+
+    from pathlm.evaluate import run as evaluate
+
+    corpus, losses = prepared / "corpus", prepared / "losses.safetensors"
+    evaluate(prepared / "plain", corpus, split="train", max_documents=6, order=0, records=losses, device="cpu")
+    options = {"draws": 20, "max_documents": 6, "budgets": (0.5,), "device": "cpu"}
+    from_file = routing.run(prepared / "routed", corpus, "train", plain=losses, console=Console(width=200), **options)
+    from_model = routing.run(prepared / "routed", corpus, "train", plain=prepared / "plain", **options)
+    assert from_file["difficulty"] == from_model["difficulty"]
+    shown = capsys.readouterr().out
+    assert "partial spearman" in shown and "frequent deep" in shown and "budget 0.5" in shown
+    with pytest.raises(ValueError, match="another corpus or split"):
+        routing.run(prepared / "routed", corpus, "validation", plain=losses, **options)
+
+
+def test_a_plain_model_in_the_place_of_the_routed_one_is_refused(prepared):
+    with pytest.raises(ValueError, match="has no pool"):
+        routing.run(prepared / "plain", prepared / "corpus", device="cpu")
+
+
+def test_the_progress_bar_reaches_its_end(prepared, monkeypatch):
+    moved, totals = [], []
+
+    class Bar:
+        def __init__(self, console, label, *, total):
+            totals.append(total)
+
+        def __enter__(self):
+            return moved.append
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(routing, "bar", Bar)
+    result = routing.run(prepared / "routed", prepared / "corpus", "train", budgets=(0.5, 1.0), draws=2, max_documents=3, device="cpu")
+    assert sum(moved) == totals[0] == (1 + 2 + PASSES) * result["routed"]["tokens"]
