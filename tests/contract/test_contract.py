@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, ids
-from checks import CHECKS, saved_and_loaded_it_is_the_same
+from cases import CASES, ROUTED, Case, ids
+from checks import CHECKS, one_row_is_decoded_as_many_are, saved_and_loaded_it_is_the_same
 from torch.utils.data import Dataset
 
 
@@ -33,6 +33,16 @@ def test_the_contract_holds_in_float32(case: Case, check: Callable[[Any], None])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     saved_and_loaded_it_is_the_same(case.build(dtype), tmp_path)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_weights_loaded_into_a_model_that_has_decoded_are_used_at_once(assign: bool) -> None:
+    """What was derived from the weights before must go with them."""
+    model = ROUTED[0].build()
+    one_row_is_decoded_as_many_are(model)
+    opposite = {name: -weight if "router" in name else weight for name, weight in model.state_dict().items()}
+    model.load_state_dict(opposite, assign=assign)
+    one_row_is_decoded_as_many_are(model)
 
 
 class Rows(Dataset):

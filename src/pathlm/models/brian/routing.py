@@ -122,10 +122,10 @@ class RoutePool(nn.Module):
         self.signposts = self.known_threshold = None
         return super()._apply(fn, recurse)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, and forget what was derived from those before."""
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load weights, as part of a whole model's too, and forget what was derived from those before."""
         self.signposts = self.known_threshold = None
-        return super().load_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _buffers_at_start(self) -> dict[str, Tensor]:
         vocabulary = self.config.vocab_size
