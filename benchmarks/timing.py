@@ -117,6 +117,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Rat
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return (
         f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value)
     )

@@ -1,0 +1,216 @@
+"""Routes beside plain decoders: training steps, greedy decoding, memory, and how much of the blocks saved is saved in time.
+
+    pathlm bench route                       all of it, on the CPU: D 192, 12 layers 2/8/2, rows of 256 tokens, 8 at a time
+    pathlm bench route --only decode
+    pathlm bench route --device cuda         brian-r125 beside plain-125m in bfloat16, at all and at 66 % of the route steps
+
+A training step is forward, loss, backward, clipping and AdamW. Random routes draw every visit evenly from the 8 blocks, 8 steps long. With
+fewer steps tokens leave after different numbers of them. What a block costs is measured in the same run, as the difference of two plain
+decoders, of 12 and 8 layers: the ideal saving is that cost times the block evaluations saved. Evaluations are told by the model (its metric
+`route/block_evaluations`) and counted by hooks; both must agree. Decoding is `pathlm.generate` from prompts of one token, so that every
+pass reads one token per row. At batch 1 tokens leave at one place of the pool; at batch 32 rows leave at different steps.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decoder import trainer
+from benchmarks.routed import (
+    ENDS,
+    POOL,
+    SIZES,
+    Case,
+    Size,
+    cache_bytes,
+    cases,
+    counting,
+    decoded_blocks,
+    leave_after,
+    leave_unevenly,
+    parameters,
+)  # fmt: skip
+from benchmarks.timing import Ratio, arguments, interleaved, ratio, show
+from pathlm.generate import generate
+from pathlm.models.brian.presets import cache_numbers_per_token
+
+LAYERS = POOL + sum(ENDS)
+FEWER = 4
+"""Layers that the smaller plain decoder lacks."""
+Measured = tuple[list[dict[str, Any]], dict[str, Ratio]]
+
+
+def main(argv: list[str]) -> dict:
+    """Measure and show. Ratios of times are below 1 where routes are faster; shares of a saving are at best 1."""
+    parser = arguments(__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("train", "decode", "memory"), default=None)
+    parser.add_argument("--new", type=int, default=128, help="tokens to decode")
+    parser.add_argument("--tiny", action="store_true", help="models too small to mean anything, to try the program itself")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; nothing measured")
+        return {}
+    torch.set_num_threads(options.threads)
+    options.size = "tiny" if options.tiny else options.device
+    size = SIZES[options.size]
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, Ratio] = {}
+    for name, measure in {"train": training, "decode": decoding, "memory": memory}.items():
+        if options.only in (None, name):
+            added, found = measure(size, options)
+            rows += added
+            ratios |= found
+    title = f"routes and plain decoders, {'bfloat16' if options.device == 'cuda' else 'float32'}"
+    return show(title, rows, ratios, options=options)
+
+
+def training(size: Size, options: Any) -> Measured:
+    """Time training steps of every case."""
+    told: dict[str, tuple[Any, float]] = {}
+    steps: dict[str, Callable[[], float]] = {}
+    tokens = torch.empty(0)
+    for name, case in cases(size).items():
+        model = case.build(size, options.device)
+        tokens = torch.randint(0, model.config.vocab_size, (size.rows, size.length), device=options.device)
+        steps[name] = trainer(model, tokens, compiled=False, **case.options(tokens))
+        told[name] = evaluations(model, case, tokens)
+    seconds = interleaved(steps, repeats=options.repeats, warmup=2)
+    rows = [
+        _row(f"training step, {name}", times, scale=1e3, unit="ms", tokens=tokens.numel(), blocks=told[name])
+        for name, times in seconds.items()
+    ]
+    shallow = next(name for name in seconds if name.endswith("of the steps"))
+    ratios = {f"training step, {name} ÷ plain": ratio(seconds[name], seconds["plain"]) for name in seconds if not name.startswith("plain")}
+    saved = told["routed, random"][1] - told[shallow][1]
+    block = _block(seconds, "plain", "plain, 4 layers fewer")
+    ratios[f"training step, {shallow}: saving ÷ cost of the {saved:.2f} blocks/token saved"] = ratio(
+        _minus(seconds["routed, random"], seconds[shallow]), [saved * cost for cost in block]
+    )
+    return rows, ratios
+
+
+@torch.no_grad()
+def evaluations(model: Any, case: Case, tokens: torch.Tensor) -> tuple[Any, float]:
+    """Block evaluations per token of a training step: what the model says (None for a plain decoder) and what hooks count."""
+    with counting(model) as rows, torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
+        output = model(input_ids=tokens, labels=tokens, use_cache=False, **case.options(tokens))
+    counted = sum(rows) / tokens.numel()
+    told = output.metrics.get("route/block_evaluations")
+    assert told is None or abs(float(told) - counted) < 1e-4, (told, counted)
+    return None if told is None else float(told), counted
+
+
+def decoding(size: Size, options: Any) -> Measured:
+    """Time greedy decoding at batch 1 and 32, all route steps taken and the size's share of them."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, Ratio] = {}
+    steps = {POOL: "all steps", round(size.share * POOL): f"{round(size.share * POOL)} steps"}
+    for batch in (1, 32):
+        models: dict[str, Any] = {
+            "plain": Case().build(size, options.device),
+            "plain, 4 layers fewer": Case(layers=LAYERS - FEWER).build(size, options.device),
+        }
+        prompt = torch.randint(0, models["plain"].config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(2))
+        prompt = prompt.to(options.device)
+        models |= {f"routed, {name}": Case(routed=True).build(size, options.device) for name in steps.values()}
+        for name, model in models.items():
+            models[name] = model.bfloat16().eval() if options.device == "cuda" else model.eval()
+        for count, name in steps.items():
+            if batch == 1:
+                leave_after(models[f"routed, {name}"], count)
+            else:
+                leave_unevenly(models[f"routed, {name}"], prompt, new=options.new, mean=count)
+        calls = {name: _writer(model, prompt, options.new) for name, model in models.items()}
+        blocks = {name: decoded_blocks(model, prompt, new=options.new) for name, model in models.items()}
+        seconds = interleaved(calls, repeats=options.repeats)
+        what, tokens = f"decoding, batch {batch}", batch * options.new
+        rows += [
+            _row(f"{what}, {name}", seconds[name], scale=1e6 / tokens, unit="µs/token", tokens=tokens, blocks=(None, blocks[name]))
+            for name in models
+        ]
+        ratios |= _decoding_ratios(what, seconds, blocks, *(f"routed, {name}" for name in steps.values()))
+    return rows, ratios
+
+
+def _decoding_ratios(what: str, seconds: Mapping[str, list[float]], blocks: Mapping[str, float], full: str, some: str) -> dict[str, Ratio]:
+    """What of the blocks that are not run appears in the time, beside the routed model's own full depth and beside the plain decoder."""
+    fewer = "plain, 4 layers fewer"
+    found = {f"{what}, {name} ÷ plain": ratio(seconds[name], seconds["plain"]) for name in (full, some, fewer)}
+    cost = _block(seconds, "plain", fewer)
+    for base in (full, "plain"):
+        saved = blocks[base] - blocks[some]
+        saving = _minus(seconds[base], seconds[some])
+        found[f"{what}, {some} beside {base}: saving ÷ cost of the {saved:.2f} blocks/token saved"] = ratio(
+            saving, [saved * block for block in cost]
+        )
+    for base, other in ((full, some), ("plain", some), ("plain", fewer)):
+        share = 1 - blocks[other] / blocks[base]
+        saving = _minus(seconds[base], seconds[other])
+        found[f"{what}, {other} beside {base}: share of time saved ÷ share of blocks saved ({share:.1%})"] = ratio(
+            saving, [share * second for second in seconds[base]]
+        )
+    return found
+
+
+def memory(size: Size, options: Any) -> Measured:
+    """Measure the peak memory of training, a process for each case, and the bytes that decoding keeps per token."""
+    rows: list[dict[str, Any]] = []
+    peaks: dict[str, list[float]] = {name: [] for name in cases(size) if name != "plain, 4 layers fewer"}
+    for _ in range(min(options.repeats, 3)):
+        for name, found in peaks.items():
+            asked = {"size": options.size, "case": name, "device": options.device, "threads": options.threads}
+            command = [sys.executable, "-m", "benchmarks.routed", json.dumps(asked)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=os.environ)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    rows += [_row(f"training, peak memory, {name}", found, unit="MB") for name, found in peaks.items()]
+    ratios = {f"training, peak memory, {name} ÷ plain": ratio(found, peaks["plain"]) for name, found in peaks.items() if name != "plain"}
+    kept: dict[str, float] = {}
+    for name, case in (("plain", Case()), ("routed", Case(routed=True))):
+        model = case.build(size, options.device).eval()
+        model = model.bfloat16() if options.device == "cuda" else model
+        tokens = torch.randint(0, model.config.vocab_size, (2, size.length), device=options.device)
+        kept[name] = cache_bytes(model, tokens)
+        stated = cache_numbers_per_token(model.config) * model.dtype.itemsize
+        assert kept[name] == stated, (kept[name], stated)
+        rows.append(_row(f"decoding memory, {name}, {parameters(model):,} parameters", [kept[name]], unit="bytes/token"))
+    ratios["decoding memory per token, routed ÷ plain"] = ratio([kept["routed"]], [kept["plain"]])
+    return rows, ratios
+
+
+def _row(
+    case: str, values: Sequence[float], *, unit: str, scale: float = 1.0, tokens: int = 0, blocks: tuple[Any, Any] = (None, None)
+) -> dict[str, Any]:
+    """One line of the table; None where there is nothing to tell."""
+    middle = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [middle] * 3
+    return {
+        "case": case,
+        "blocks/token": blocks[0],
+        "by hooks": blocks[1],
+        "median": middle * scale,
+        "quartiles": f"{low * scale:,.4g} to {high * scale:,.4g}",
+        "unit": unit,
+        "tokens/s": tokens / middle if tokens else None,
+    }
+
+
+def _writer(model: Any, prompt: torch.Tensor, new: int) -> Callable[[], Any]:
+    return lambda: generate(model, prompt, max_new_tokens=new, temperature=0)
+
+
+def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def _block(seconds: Mapping[str, list[float]], larger: str, smaller: str) -> list[float]:
+    """What one block costs in each round, run on every token."""
+    return [difference / FEWER for difference in _minus(seconds[larger], seconds[smaller])]
