@@ -62,10 +62,11 @@ def test_commands_and_their_options_stay_as_published():
         "demo": "folder overrides",
         "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
-        "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot device",
-        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end device",
+        "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot budget device",
+        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget device",
+        "trace": "folder texts files whole budget out device",
         "presets": "",
-        "convert": "folder out to",
+        "convert": "folder out to wrap_as overrides",
         "bench": "name arguments",
     }
     assert {name: " ".join(options_of(name)) for name in COMMANDS} == published
@@ -73,7 +74,7 @@ def test_commands_and_their_options_stay_as_published():
 
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
-    from pathlm import bench, config, demo, evaluate, generate, train
+    from pathlm import bench, config, demo, evaluate, generate, trace, train
     from pathlm.evaluate import harness
     from pathlm.models.brian import convert
     from pathlm.text import prepare
@@ -83,6 +84,7 @@ def twins(command):
         "train": (config.load, train.start),
         "eval": (evaluate.run, harness.run),
         "generate": (generate.run, generate.read_prompts),
+        "trace": (trace.run, generate.read_prompts),
         "convert": (convert.convert,),
         "bench": (bench.bench,),
         "demo": (demo.demo,),
@@ -120,7 +122,9 @@ def test_a_recipe_that_does_not_exist_is_answered_with_the_shipped_ones():
     assert "plain-tiny" in done.stderr
 
 
-@pytest.mark.parametrize("command", [("generate", "nowhere", "hello"), ("convert", "nowhere", "out", "--to", "llama")])
+@pytest.mark.parametrize(
+    "command", [("generate", "nowhere", "hello"), ("trace", "nowhere", "hello"), ("convert", "nowhere", "out", "--to", "llama")]
+)
 def test_a_folder_that_does_not_exist_is_named(command):
     done = pathlm_command(*command)
     assert done.exit_code == 2
@@ -175,6 +179,14 @@ def test_presets_lists_every_preset_with_its_exact_size():
         assert row.rstrip().endswith(f"{summary.cache_bytes_per_token:,}")
 
 
+def test_presets_tell_how_many_route_steps_a_routed_model_takes_at_most():
+    shown = pathlm_command("presets").stdout
+    for name, summary in pathlm.presets().items():
+        row = next(line for line in shown.splitlines() if line.startswith(name + " "))
+        assert f"× {summary.hidden_size} " in row
+        assert row.split(str(summary.hidden_size))[1].split()[0] == (str(summary.max_route_steps) if summary.max_route_steps else "–")
+
+
 def test_bench_lists_the_benchmarks_and_refuses_unknown_ones():
     assert "cli" in pathlm_command("bench").stdout
     refused = pathlm_command("bench", "nope", "--repeats", "1")
@@ -192,3 +204,13 @@ def test_convert_goes_to_llama_and_back(tmp_path):
     again = type(model).from_pretrained(tmp_path / "again").eval()
     ids = torch.arange(20)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+    for folder in ("ours", "llama"):
+        done = pathlm_command("convert", tmp_path / folder, tmp_path / f"routed-{folder}", "--wrap", "2/3/1", "--set", "max_route_steps=5")
+        assert done.stdout == f"wrote {tmp_path / f'routed-{folder}'}\n"
+        routed = type(model).from_pretrained(tmp_path / f"routed-{folder}").eval()
+        assert (routed.config.pool_blocks, routed.config.max_route_steps) == (3, 5)
+        assert torch.equal(routed(ids).logits, model(ids).logits)
+    refused = pathlm_command("convert", tmp_path / "ours", tmp_path / "none", "--wrap", "2/4/1")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "must add up to the 6 blocks of the model" in refused.stderr

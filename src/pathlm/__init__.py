@@ -14,6 +14,7 @@ _HOMES = {
     "BrianConfig": "pathlm.models.brian.configuration",
     "BrianForCausalLM": "pathlm.models.brian.modeling",
     "from_llama": "pathlm.models.brian.convert",
+    "wrap": "pathlm.models.brian.convert",
     "preset": "pathlm.models.library",
     "presets": "pathlm.models.library",
     "build": "pathlm.models.library",

@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3.")]
+Budget = Annotated[float | None, typer.Option(help="Share of its route steps that a routed model may take on average.")]
 Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; by default a GPU where there is one.")]
 
 
@@ -121,19 +122,20 @@ def eval_(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="With --lm-eval: the first so many questions.")] = None,
     fewshot: Annotated[int | None, typer.Option(help="With --lm-eval: solved examples before each question.")] = None,
+    budget: Budget = None,
     device: Device = None,
 ) -> None:
     """Measure a model on whole documents, beside n-grams counted on the same text; or on lm-eval tasks."""
     if tasks:
         from pathlm.evaluate import harness
 
-        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, device=device, console=Console())
+        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, budget=budget, device=device, console=Console())
         return
     from pathlm.evaluate import run
 
     run(
         model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
-        order=order, records=records, device=device, console=Console(),
+        order=order, records=records, budget=budget, device=device, console=Console(),
     )  # fmt: skip
 
 
@@ -152,6 +154,7 @@ def generate(
     seed: int = 0,
     batch: Annotated[int, typer.Option(help="Prompts continued at once.")] = 8,
     stop_at_end: Annotated[bool, typer.Option(help="Stop where the model ends its text.")] = True,
+    budget: Budget = None,
     device: Device = None,
 ) -> None:
     """Continue texts, streaming them as they are written."""
@@ -159,8 +162,25 @@ def generate(
 
     run(
         folder, read_prompts(prompts or (), files or (), whole=whole), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, device=device, console=Console(),
+        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, device=device, console=Console(),
     )  # fmt: skip
+
+
+@app.command()
+def trace(
+    folder: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to read; standard input, a line each, where there are none.")] = None,
+    files: Annotated[list[Path] | None, typer.Option("--file", help="File with a text per line; - is standard input.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Take each file as one text.")] = False,
+    budget: Budget = None,
+    out: Annotated[Path | None, typer.Option(help="Write the paths to this file, too, as JSON lines.")] = None,
+    device: Device = None,
+) -> None:
+    """Show the path of every token: which blocks it visited, and what almost happened."""
+    from pathlm.generate import read_prompts
+    from pathlm.trace import run
+
+    run(folder, read_prompts(texts or (), files or (), whole=whole), budget=budget, out=out, device=device, console=Console())
 
 
 @app.command("presets")
@@ -186,12 +206,21 @@ def presets_() -> None:
 def convert(
     folder: Annotated[Path, typer.Argument(help="A folder with a saved model.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[Literal["brian", "llama"], typer.Option("--to", help="What the model becomes.")],
+    to: Annotated[Literal["brian", "llama"], typer.Option("--to", help="What the model becomes.")] = "brian",
+    wrap_as: Annotated[
+        str | None, typer.Option("--wrap", metavar="PRE/POOL/POST", help="Route it: so many blocks before, in and after the pool.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="With --wrap: a field of the pool, e.g. max_route_steps=12.")
+    ] = None,
 ) -> None:
-    """Turn a Llama checkpoint into a plain decoder, or a plain decoder into a Llama checkpoint."""
+    """Turn a Llama checkpoint into a plain decoder or back, or either into a routed model that computes the same."""
+    from pathlm.evaluate.checkpoint import no_progress_bars
     from pathlm.models.brian.convert import convert as body
 
-    Console().print(f"wrote {body(folder, out, to=to)}", markup=False, highlight=False, soft_wrap=True)
+    with no_progress_bars():
+        written = body(folder, out, to=to, wrap_as=wrap_as, overrides=overrides or ())
+    Console().print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

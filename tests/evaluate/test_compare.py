@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from cases import scatter
 from rich.console import Console
 
 from pathlm import build, preset
@@ -136,6 +137,30 @@ def test_records_are_written_on_request_and_join_with_the_corpus(trained, corpus
     found.check(corpus)
     assert found.loss.mean(dtype=np.float64) == pytest.approx(result["model"]["loss"], rel=1e-6)
     assert result["ngrams"]["orders"] == {}
+
+
+def test_a_routed_run_is_measured_at_a_budget_beside_its_result_without_one(trained, corpus):
+    place = trained / "checkpoints" / "step-00000001"
+    sizes = {"max_position_embeddings": 32, "hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.3}
+    model = build(preset("brian-tiny", vocab_size=corpus.vocab_size, **sizes)).eval()
+    scatter(model)
+    model.save_pretrained(place)
+    free, least = run(trained, order=1), run(trained, order=1, budget=0.25)
+    assert free["model"]["loss"] == pytest.approx(score(model, corpus, context=24).loss, rel=1e-5)
+    assert least["model"]["loss"] != pytest.approx(free["model"]["loss"], rel=1e-4)
+    model.register_forward_pre_hook(lambda _, args, given: (args, given | {"budget": 0.25}), with_kwargs=True)
+    assert least["model"]["loss"] == pytest.approx(score(model, corpus, context=24).loss, rel=1e-5)
+    written = json.loads((trained / "eval.json").read_text())
+    assert list(written) == ["validation", "validation, budget 0.25"]
+    assert (written["validation"]["budget"], written["validation, budget 0.25"]["budget"]) == (None, 0.25)
+    for budget, message in ((0.1, "budget=0.1: must lie between 0.25 and 1"), (1.2, "budget=1.2: must lie above 0 and at most at 1")):
+        with pytest.raises(ValueError, match=message):
+            run(trained, order=1, budget=budget)
+
+
+def test_a_plain_decoder_is_not_measured_at_a_budget(trained):
+    with pytest.raises(ValueError, match=r"budget=0\.5: a plain decoder has no pool"):
+        run(trained, order=1, budget=0.5)
 
 
 def test_a_foreign_folder_needs_a_corpus_and_gets_its_own_context(tmp_path, corpus):

@@ -45,13 +45,15 @@ def run_record(folder: Path | str) -> dict[str, Any]:
     return {}
 
 
-def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, Any]:
+def open_model(folder: Path | str, *, device: str | None = None, budget: float | None = None) -> tuple[Any, Any]:
     """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation.
 
-    Raises `ValueError` for a folder without a model, damaged weights, and a `device` that is not here.
+    With a `budget` every forward pass is told of it (see `check_budget`). Raises `ValueError` for a folder without a model, damaged
+    weights, a `device` that is not here, and a budget that the model was not trained for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_share(budget)
     place = find_checkpoint(folder)
     where = _device(device)
     try:
@@ -60,8 +62,30 @@ def open_model(folder: Path | str, *, device: str | None = None) -> tuple[Any, A
     except SafetensorError as error:
         raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
     model = model.to(where).eval()
+    if options := check_budget(model, budget):
+        model.register_forward_pre_hook(lambda _, arguments, given: (arguments, options | given), with_kwargs=True)
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return model, AutoTokenizer.from_pretrained(place, local_files_only=True) if has_tokenizer else None
+
+
+def check_budget(model: Any, budget: float | None) -> dict[str, float]:
+    """Return what a forward pass is told about a budget: `{"budget": budget}`, nothing for None.
+
+    A budget is the share of its steps that a routed model may take on average. Raises `ValueError` for one that the model was not trained
+    for, and for a model whose every token takes the same way.
+    """
+    if budget is None:
+        return {}
+    if not hasattr(model, "check_budget"):
+        raise ValueError(f"budget={budget}: a {type(model).__name__} has no pool to leave early")
+    model.check_budget(budget)
+    return {"budget": float(budget)}
+
+
+def check_share(budget: float | None) -> None:
+    """Raise `ValueError` for a budget that is a share of nothing: this needs no model."""
+    if budget is not None and not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget={budget}: must lie above 0 and at most at 1, a share of the route steps")
 
 
 def _device(name: str | None) -> torch.device:

@@ -39,6 +39,7 @@ def run(
     max_tokens: int | None = None,
     order: int = 5,
     records: Path | str | None = None,
+    budget: float | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -54,12 +55,15 @@ def run(
         max_tokens: Measure the first whole documents that hold at most so many predicted tokens.
         order: Highest n-gram order.
         records: File for the loss of every token, see `evaluate.records`.
+        budget: Share of its route steps that a routed model may take on average.
         device: Where the model runs; by default a GPU where there is one.
         console: Where progress and the table appear; nothing is printed without one.
 
-    Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name.
+    Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name, behind it
+    the budget where there is one.
 
-    Raises `ValueError` for options out of range, for a folder without a model, a missing corpus, and a tokenizer other than the corpus's.
+    Raises `ValueError` for options out of range, for a folder without a model, a missing corpus, a tokenizer other than the corpus's, and
+    a budget that the model was not trained for.
     """
     from pathlm.text.corpus import Corpus
 
@@ -69,7 +73,7 @@ def run(
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
     if order < 0:
         raise ValueError(f"order={order}: must be at least 1, or 0 for no n-grams")
-    model, tokenizer = open_model(place, device=device)
+    model, tokenizer = open_model(place, device=device, budget=budget)
     check_vocabulary(model, tokenizer, data, place)
     if context is None and trained_on.get("length"):
         context = min(trained_on["length"], getattr(model.config, "max_position_embeddings", None) or trained_on["length"])
@@ -78,6 +82,7 @@ def run(
     result: dict[str, Any] = {
         "split": split,
         "checkpoint": str(place),
+        "budget": budget,
         "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "ngrams": _ngrams(data, split, chosen, order=order, console=console),
@@ -88,9 +93,9 @@ def run(
             records=records, progress=advance,
         )  # fmt: skip
     result["model"] = mine.to_dict()
-    file = note_result(run_folder(model_folder) / "eval.json", split, result)
+    file = note_result(run_folder(model_folder) / "eval.json", split if budget is None else f"{split}, budget {budget:g}", result)
     if console is not None:
-        console.print(table(result, name=_name(model_folder, place)))
+        console.print(table(result, name=_name(model_folder, place) + ("" if budget is None else f", budget {budget:g}")))
         console.print(
             f"context {context}, stride {stride}, {mine.seconds:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True
         )

@@ -123,6 +123,7 @@ def run(
     fewshot: int | None = None,
     batch_size: int = 16,
     include_path: Path | str | None = None,
+    budget: float | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -130,18 +131,19 @@ def run(
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a folder without a model or a tokenizer.
+    network. `budget` is the share of its route steps that a routed model may take. Raises `FileNotFoundError` for a file that does not
+    exist and `ValueError` for a folder without a model or a tokenizer, and for a budget that the model was not trained for.
     """
     for task in tasks:
         if _is_file(task):
             read_questions(str(task))
     place = find_checkpoint(model_folder)
-    model, tokenizer = open_model(place, device=device)
+    model, tokenizer = open_model(place, device=device, budget=budget)
     if tokenizer is None:
         raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
     adapted = HarnessModel(model, tokenizer, batch_size=batch_size, name=str(model_folder))
     found = evaluate(adapted, tasks, limit=limit, fewshot=fewshot, include_path=include_path)
-    file = note_result(run_folder(model_folder) / "eval.json", "lm-eval", {"checkpoint": str(place), "tasks": found})
+    file = note_result(run_folder(model_folder) / "eval.json", "lm-eval", {"checkpoint": str(place), "budget": budget, "tasks": found})
     if console is not None:
         console.print(table(found))
         console.print(f"written to {file}", style="dim", highlight=False, soft_wrap=True)

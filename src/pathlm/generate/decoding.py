@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathlm.evaluate.checkpoint import evaluating
+from pathlm.evaluate.checkpoint import check_budget, evaluating
 from pathlm.generate.sampling import Sampling
 
 # Shapes: B rows, P prompt tokens (left-padded), V vocabulary, N new tokens
@@ -37,6 +37,7 @@ def generate(
     bos_token_id: int | None = None,
     pad_token_id: int = 0,
     batch: int | None = None,
+    budget: float | None = None,
 ) -> list[list[int]]:
     """Continue each row of token ids and return the new tokens of each row, in order.
 
@@ -44,18 +45,20 @@ def generate(
     (`max_position_embeddings`) is full. `temperature=0` is greedy. An empty row starts from `bos_token_id` (default: the model's own).
     `batch` rows run at once, all by default. What a row draws depends on `seed`, on its own tokens and on how often the same row came
     before it, never on its neighbours or its place: a row gives the same alone and in any batch, and equal rows give different samples.
+    `budget` is the share of its route steps that a routed model may take on average: less is faster and worse.
 
-    Raises `ValueError` naming the field, the value and the rule for options out of range, for tokens outside the vocabulary, and for
-    prompts that fill the context.
+    Raises `ValueError` naming the field, the value and the rule for options out of range, for tokens outside the vocabulary, for
+    prompts that fill the context, and for a budget that the model was not trained for.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     given = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
     prompts = checked_prompts(model, given, max_new_tokens=max_new_tokens, bos_token_id=bos_token_id)
     require_batch(batch)
+    check_budget(model, budget)
     new: list[list[int]] = [[] for _ in prompts]
     chunk = 1 if model.device.type == "cpu" and eos_token_id is not None else CHUNK
     for part in batches(prompts, sampling, batch=batch, max_new_tokens=max_new_tokens, context=context_of(model)):
-        for pieces in decode(model, part, sampling, eos_token_id=eos_token_id, pad_token_id=pad_token_id, chunk=chunk):
+        for pieces in decode(model, part, sampling, eos_token_id=eos_token_id, pad_token_id=pad_token_id, chunk=chunk, budget=budget):
             for row, tokens, _ in pieces:
                 new[row].extend(tokens)
     return new
@@ -94,11 +97,11 @@ def batches(prompts: list[list[int]], sampling: Sampling, *, batch: int | None, 
 
 @torch.inference_mode()
 def decode(
-    model: Any, part: Part, sampling: Sampling, *, eos_token_id: int | None, pad_token_id: int, chunk: int
+    model: Any, part: Part, sampling: Sampling, *, eos_token_id: int | None, pad_token_id: int, chunk: int, budget: float | None = None
 ) -> Iterator[list[tuple[int, list[int], Reason | None]]]:
     """Run one batch and yield, every `chunk` tokens, (prompt, its new tokens, why it stopped or None) for the rows that still write."""
     with evaluating(model):
-        state = _State(model, part, pad_token_id)
+        state = _State(model, part, pad_token_id, check_budget(model, budget))
         logits_BV = state.prefill()
         uniform_BN = None if part.uniform_BN is None else torch.from_numpy(part.uniform_BN).to(logits_BV.device)
         active = list(range(len(part.prompts)))  # which row of the part each row of the running batch is
@@ -137,10 +140,10 @@ def decode(
 class _State:
     """The cache of a running batch, and the mask and positions that left padding needs; rows of equal length need neither."""
 
-    def __init__(self, model: Any, part: Part, pad_token_id: int):
+    def __init__(self, model: Any, part: Part, pad_token_id: int, options: dict[str, Any]):
         self._model = model
         accepted = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
+        self._options: dict[str, Any] = {"use_cache": True} | options | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._cache: Any = None
         self._length = max(map(len, part.prompts))
         self._mask: Tensor | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pathlm.evaluate.checkpoint import open_model
+from pathlm.evaluate.checkpoint import check_share, open_model
 from pathlm.generate.sampling import Sampling
 from pathlm.generate.streaming import Piece, stream
 
@@ -45,21 +45,23 @@ def run(
     seed: int = 0,
     batch: int = 8,
     stop_at_end: bool = True,
+    budget: float | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> list[str]:
     """Continue texts with the model of a run, checkpoint or Hugging Face folder; return the continuations, in order.
 
     With a console, text appears on it as it is written: the prompt, then its continuation. Of several prompts each is labelled with its
-    number; they run together but are shown one after the other.
+    number; they run together but are shown one after the other. `budget` is the share of its route steps that a routed model may take.
     """
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # refuse bad values before the model is loaded
+    check_share(budget)
     model, tokenizer = open_model(folder, device=device)
     if tokenizer is None:
         raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
     pieces = stream(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, batch=batch, stop_at_end=stop_at_end,
+        seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget,
     )  # fmt: skip
     texts = [""] * len(prompts)
     show = _show(prompts, console)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pathlm.evaluate.checkpoint import start_token
+from pathlm.evaluate.checkpoint import check_budget, start_token
 from pathlm.generate.decoding import Reason, batches, checked_prompts, context_of, decode, require_batch
 from pathlm.generate.sampling import Sampling
 
@@ -33,6 +33,7 @@ def stream(
     seed: int = 0,
     batch: int | None = None,
     stop_at_end: bool = True,
+    budget: float | None = None,
 ) -> Iterator[Piece]:
     """Continue texts and yield pieces of text as they are written, the rows of a batch in turns.
 
@@ -41,11 +42,12 @@ def stream(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     require_batch(batch)
+    check_budget(model, budget)
     start = start_token(tokenizer)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     rows = checked_prompts(model, ids, max_new_tokens=max_new_tokens, bos_token_id=start)
     eos = tokenizer.eos_token_id if stop_at_end else None
-    return _stream(model, tokenizer, rows, sampling, eos_token_id=eos, batch=batch, max_new_tokens=max_new_tokens)
+    return _stream(model, tokenizer, rows, sampling, eos_token_id=eos, batch=batch, max_new_tokens=max_new_tokens, budget=budget)
 
 
 def _stream(
@@ -57,17 +59,22 @@ def _stream(
     eos_token_id: int | None,
     batch: int | None,
     max_new_tokens: int,
+    budget: float | None,
 ) -> Iterator[Piece]:
     for part in batches(prompts, sampling, batch=batch, max_new_tokens=max_new_tokens, context=context_of(model)):
         writers = {row: Detokenizer(tokenizer, prompts[row]) for row in part.rows}
-        for pieces in decode(model, part, sampling, eos_token_id=eos_token_id, pad_token_id=0, chunk=1):
+        for pieces in decode(model, part, sampling, eos_token_id=eos_token_id, pad_token_id=0, chunk=1, budget=budget):
             for row, tokens, stopped in pieces:
                 text = writers[row].push(tokens) + (writers[row].flush() if stopped else "")
                 yield Piece(row, text, tuple(tokens), stopped)
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Return a prompt's tokens as documents have them: the start token, then the text."""
+    """Return a prompt's tokens as documents have them: the start token, then the text. Bytes that are no text are refused."""
+    try:
+        text.encode("utf-8")  # an argument of a command that is not UTF-8 comes as half a surrogate pair
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text {text[:40]!r} is not UTF-8: character {error.start} cannot be read") from error
     start = start_token(tokenizer)
     return ([] if start is None else [start]) + tokenizer.encode(text, add_special_tokens=False)
 

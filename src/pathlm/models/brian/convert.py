@@ -84,10 +84,7 @@ def from_llama(
     llama = source if isinstance(source, LlamaForCausalLM) else _read(source, options)
     theirs = llama.config
     pre, post = _split(theirs.num_hidden_layers, pre_blocks, pool_blocks, post_blocks)
-    fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
-    if fields["rope_parameters"] is not None:
-        fields["rope_parameters"] = dict(fields["rope_parameters"])
-    config = build_strict(BrianConfig, fields | _routing(routing, pre, pool_blocks, post))
+    config = _config_like(theirs, _routing(routing, pre, pool_blocks, post))
     return _with_pool(config, brian_weights(llama.state_dict(), theirs.num_hidden_layers), llama)
 
 
@@ -99,12 +96,12 @@ def wrap(
     The three numbers must add up to the decoder's blocks. `routing` are other fields of `BrianConfig`, such as `max_route_steps`.
     Raises `ValueError` when they do not, or when `source` has a pool already.
     """
-    if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
-        kind = _model_type(Path(source))
-        if kind not in ("brian", "llama"):
-            raise ValueError(f"folder={str(source)!r}: holds a {kind} model; only a plain decoder of ours or a Llama model can be wrapped")
-        source = BrianForCausalLM.from_pretrained(source) if kind == "brian" else _read(source, {})
-    theirs = source.config
+    if isinstance(source, BrianForCausalLM | LlamaForCausalLM):
+        theirs: Any = source.config
+    elif (kind := _model_type(Path(source))) in ("brian", "llama"):
+        theirs = AutoConfig.from_pretrained(source)
+    else:
+        raise ValueError(f"folder={str(source)!r}: holds a {kind} model; only a plain decoder of ours or a Llama model can be wrapped")
     if getattr(theirs, "pool_blocks", 0):
         raise ValueError(f"pool_blocks={theirs.pool_blocks}: the model has a pool already; a plain decoder is wrapped once")
     if pool_blocks < 1:
@@ -112,10 +109,13 @@ def wrap(
     if pre_blocks + pool_blocks + post_blocks != theirs.num_hidden_layers:
         said = f"pre_blocks={pre_blocks}, pool_blocks={pool_blocks}, post_blocks={post_blocks}"
         raise ValueError(f"{said}: must add up to the {theirs.num_hidden_layers} blocks of the model")
-    if isinstance(source, LlamaForCausalLM):
-        return from_llama(source, pre_blocks=pre_blocks, pool_blocks=pool_blocks, post_blocks=post_blocks, routing=routing)
-    fields = {name: getattr(theirs, name) for name in SHARED_FIELDS} | _routing(routing, pre_blocks, pool_blocks, post_blocks)
-    return _with_pool(build_strict(BrianConfig, fields), source.state_dict(), source)
+    config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
+    if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
+        source = _read(source, {}) if theirs.model_type == "llama" else BrianForCausalLM.from_pretrained(source)
+    weights = source.state_dict()
+    if theirs.model_type == "llama":
+        weights = brian_weights(weights, theirs.num_hidden_layers)
+    return _with_pool(config, weights, source)
 
 
 def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
@@ -232,6 +232,14 @@ def llama_weights(brian: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
                     pieces = tensor.split(sizes[ours])
                     weights |= {f"model.layers.{index}.{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
     return weights
+
+
+def _config_like(theirs: Any, others: dict[str, Any]) -> BrianConfig:
+    """Return the configuration of a model with the fields that `theirs` shares with it, and `others`."""
+    fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
+    if fields["rope_parameters"] is not None:
+        fields["rope_parameters"] = dict(fields["rope_parameters"])
+    return build_strict(BrianConfig, fields | others)
 
 
 def _with_pool(config: BrianConfig, weights: dict[str, Tensor], origin: Any) -> BrianForCausalLM:
