@@ -96,7 +96,8 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         past = _length(past_key_values)
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
-        self._check_budget(budget)
+        if budget is not None:
+            self.check_budget(budget)
         self._check_depths(depths, h_BTD, knobs)
         target_BT = None if labels is None else _next_labels(labels, h_BTD.shape[:2])
         journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace, depths)
@@ -123,6 +124,12 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
     def pool_blocks(self) -> list[PoolBlock]:
         """The blocks that the router chooses from."""
         return [block for block in self.blocks if isinstance(block, PoolBlock)]
+
+    def check_budget(self, budget: float) -> None:
+        """Raise `ValueError` for a budget that no forward pass would take: outside what was trained, or where there is no pool."""
+        if self.pool is None:
+            raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
+        self.pool.check_budget(budget)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Choose whether training recomputes each block in the backward pass instead of keeping its activations."""
@@ -176,13 +183,6 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def _check_budget(self, budget: float | None) -> None:
-        if budget is None:
-            return
-        if self.pool is None:
-            raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
-        self.pool.check_budget(budget)
 
     def _check_depths(self, depths: Tensor | None, h_BTD: Tensor, knobs: Knobs | None) -> None:
         if depths is None:
