@@ -7,6 +7,7 @@ import pytest
 import pathlm
 from pathlm.config import find_recipe, load, shipped_recipes
 from pathlm.models import family
+from pathlm.text.corpus import Corpus
 from pathlm.text.prepare import from_arguments, prepare, prepare_config
 from pathlm.train import start
 
@@ -40,20 +41,45 @@ def test_a_recipe_resolves_to_a_model_and_a_curriculum(name):
     assert config.name == name.rsplit("/")[-1], "a run is named as its recipe"
     model = pathlm.preset(config.preset, **config.model)
     assert config.data.length <= model.max_position_embeddings
-    curriculum = family(model.model_type).curriculum(config.curriculum, config.steps)
+    options = {"knobs": config.knobs, "stages": config.stages, "config": model}
+    curriculum = family(model.model_type).curriculum(config.curriculum, config.steps, **options)
     assert curriculum.at(config.steps - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if load(name).init])
+def test_a_recipe_that_starts_from_a_run_names_the_run_of_another_recipe_with_the_same_data(name):
+    config = load(name)
+    home, run = config.init.split("/")
+    earlier = load(run)
+    assert (home, run) == (earlier.out, earlier.name)
+    assert (config.data, config.model) == (earlier.data, earlier.model)
+    mine, its = (pathlm.preset(c.preset, **c.model) for c in (config, earlier))
+    assert (mine.num_hidden_layers, mine.hidden_size) == (its.num_hidden_layers, its.hidden_size)
+
+
+def start_of(config, corpus, folder):
+    """Return a folder with the weights that the run would start from, as far as they matter: right in form, untrained."""
+    earlier = load(config.init.rpartition("/")[2])
+    pathlm.build(pathlm.preset(earlier.preset, **earlier.model)).save_pretrained(folder)
+    Corpus.open(corpus).tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_recipe_trains(name, corpus, tmp_path):
+    config = load(name)
+    stages = 5 if config.curriculum == "default" and config.preset.startswith("brian") else 4 if config.curriculum == "route" else 2
     short = [
-        f'out="{tmp_path}"', "steps=2", "batch_tokens=512", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "log_every=1",
-        "data.length=64", "optim.warmup_steps=0", "optim.decay_steps=0", 'optim.schedule="cosine"',
+        f'out="{tmp_path}"', f"steps={stages}", "batch_tokens=512", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2",
+        "log_every=1",        "data.length=64", "optim.warmup_steps=0", "optim.decay_steps=0", 'optim.schedule="cosine"',
     ]  # fmt: skip
-    if load(name).data.corpus is not None:
+    if config.init is not None:
+        short.append(f'init="{start_of(config, corpus, tmp_path / "earlier")}"')
+    short.append('gates="warn"')
+    if config.data.corpus is not None:
         short.append(f'data.corpus="{corpus}"')
     result = start(load(name, short))
-    assert result.step == 2
+    assert result.step == stages
     assert result.best_validation is not None
     assert math.isfinite(result.best_validation)
     model, tokenizer = pathlm.load(result.folder / "checkpoints" / "latest")
