@@ -32,6 +32,12 @@ class Knobs:
     """Share of tokens that leave after a number of steps drawn evenly instead, in training, so that every depth is trained."""
     best_gain: bool = False
     """Whether the gain of staying is measured against the best later step; otherwise against the last one."""
+    price: float = 0.0
+    """Nats that every further step costs in the measured gain, so that tokens leave where nothing is left to remove."""
+    idle: float = 0.0
+    """Weight of the regression that tells tokens without a target that the next step gains them nothing."""
+    hindsight: bool = False
+    """Whether the text's loss of tokens that stay to be measured is the one after their best step; otherwise the one after the last."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0
@@ -67,13 +73,14 @@ class Knobs:
 
 
 BASELINE = Knobs(router_share=0.0, exit_share=0.0, difficulty_rate=0.01)
-WRAPPED = replace(BASELINE, imitation=1.0)
-PSEUDO = replace(WRAPPED, pseudo=0.5, difficulty_rate=0.0)
+# Weights are small: AdamW does not mind, and the router must not use up the norm to which all gradients together are clipped.
+WRAPPED = replace(BASELINE, imitation=0.1)
+PSEUDO = replace(WRAPPED, pseudo=1.0, difficulty_rate=0.0)
 EXPLORING = Knobs(
-    router_share=0.1, exit_share=0.0, imitation=1.0, gate=0.1, other_share=0.0, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-4
+    router_share=0.1, exit_share=0.0, imitation=0.1, gate=0.1, other_share=0.0, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-5
 )
-FREE = replace(EXPLORING, router_share=1.0, imitation=0.05, gate=1.0, noise=0.0, random_share=0.0)
-LEAVING = Knobs(exit_share=0.5, budget=0.65, budget_spread=0.35, gate=1.0, probe_share=0.1, exit=1.0, load_bias_rate=0.001, z=1e-4)
+FREE = replace(EXPLORING, router_share=1.0, imitation=0.005, gate=1.0, noise=0.0, random_share=0.0)
+LEAVING = Knobs(exit_share=0.5, budget=0.65, budget_spread=0.35, gate=1.0, probe_share=0.1, exit=0.1, z=1e-5)
 LEFT = replace(LEAVING, exit_share=1.0)
 
 LEARNED = "give the stage more steps, or a larger optim.lr"

@@ -39,11 +39,13 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         pool = range(config.pre_blocks, config.pre_blocks + config.pool_blocks)
         self.blocks = nn.ModuleList((PoolBlock if i in pool else Block)(config) for i in range(config.num_hidden_layers))
-        self.pool = RoutePool(config) if config.pool_blocks else None
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.gradient_checkpointing = False
+        # Last, and without drawing from the generator: a seed gives the blocks the same weights with a pool and without one.
+        with torch.random.fork_rng(devices=[]):
+            self.pool = RoutePool(config) if config.pool_blocks else None
         self.post_init()
 
     def forward(
@@ -232,12 +234,12 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(self, h_BTD: Tensor, target_BT: Tensor, count: Tensor | int | None, journey: Journey) -> tuple[Tensor, dict[str, Tensor]]:
         if count is None:
             count = (target_BT != IGNORE).sum().clamp(min=1)  # without a counted label the loss is 0, not 0 ÷ 0
-        total, loss_N = linear_cross_entropies(h_BTD.flatten(0, 1), self.lm_head.weight, target_BT.flatten())
+        total, loss_N = linear_cross_entropies(h_BTD.flatten(0, 1), self.lm_head.weight, journey.judged_now(target_BT.flatten()))
         loss = total / count
         metrics = {"loss/lm": loss.detach()}
         if self.pool is None:
             return loss, metrics
-        extra, found = journey.lessons(self, loss_N)
+        extra, found = journey.lessons(self, loss_N, count)
         return loss + extra.to(loss.dtype), metrics | found
 
     def _trace(self, journey: Journey, h_BTD: Tensor) -> Trace:
