@@ -13,7 +13,7 @@ SMALL = [
     "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "data.length=32", "optim.warmup_steps=1",
     "model.hidden_size=32", "model.intermediate_size=48", "model.vocab_size=300", "model.max_position_embeddings=160",
 ]  # fmt: skip
-PHASES = ["text", "training", "evaluation", "sample"]
+PHASES = ["text", "training", "evaluation", "sample", "routing", "routes"]
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TEXT", str(tmp_path / "speeches.toml"))
     monkeypatch.chdir(tmp_path)
 
-    def call():
+    def call(*more):
         console = Console(record=True, width=100, file=open("screen.txt", "w", encoding="utf-8"))  # noqa: SIM115
         with console.file:
-            result = module.demo("runs/demo", [*SMALL, "data.corpus=data/speeches"], console=console)
+            result = module.demo("runs/demo", [*SMALL, "data.corpus=data/speeches", *more], console=console)
             return result, console.export_text()
 
     return call
@@ -44,15 +44,35 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert (result["training"].step, result["training"].finished_before) == (4, False)
     assert set(result["evaluation"]["ngrams"]["orders"]) == {"1", "2", "3", "4", "5"}
     assert result["sample"]
+    assert (result["routing"].step, result["routing"].folder.name) == (4, "demo-routed")
     assert "the 3-gram's" in shown
     assert "pathlm generate runs/demo" in shown
+    assert "pathlm trace runs/demo-routed" in shown
+    routes = result["routes"]
+    assert routes["plain"]["block_evaluations"] == 6
+    assert 3 <= routes["routed"]["block_evaluations"] <= 6
+    assert f"{routes['routed']['block_evaluations']:.2f} of 6 blocks run per token" in " ".join(shown.split())
+    # Whole documents of both models, token by token the same; the largest budget uses every step.
+    assert {one["tokens"] for one in (routes["plain"], routes["routed"], *routes["budgets"])} == {routes["plain"]["tokens"]}
+    assert [one["budget"] for one in routes["budgets"]] == sorted(one["budget"] for one in routes["budgets"])
+    assert routes["budgets"][-1]["block_evaluations"] == 6
+    assert len(result["paths"]) == 2
+    assert shown.count("→ OUT") >= 6
 
     again, shown = run()
     assert again["training"].finished_before
     assert again["evaluation"] == result["evaluation"]
     assert again["sample"] == result["sample"]
+    assert again["routing"].finished_before
+    assert again["routes"] == result["routes"]
+    assert again["paths"] == result["paths"]
     assert "already prepared" in shown
-    assert "already measured" in shown
+    assert shown.count("already measured") == 2
+
+
+def test_overrides_concern_both_recipes_or_one(run):
+    result, _ = run("routed.steps=5", "plain.steps=2")
+    assert (result["training"].step, result["routing"].step) == (2, 5)
 
 
 def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
@@ -74,11 +94,32 @@ def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
 
     result, _ = run()
     assert result["exit_code"] == 0
-    assert len(calls) == 4 + (2 - stopped)
+    assert len(calls) == 4 + (2 - stopped) + 4
     assert "evaluation" in result
 
 
-@pytest.mark.parametrize("phase", ["_prepare", "_train", "_evaluate", "_sample"])
+def test_stopped_by_ctrl_c_in_routing_it_continues_there(run, monkeypatch):
+    plain = loop.step
+    calls = []
+
+    def step(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(loop, "step", step)
+    result, shown = run()
+    assert result["exit_code"] == 130
+    assert "repeat the command that began it" in shown
+    assert "routes" not in result
+    assert result["routing"].step < 4
+    result, _ = run()
+    assert (result["exit_code"], result["training"].finished_before, result["routing"].step) == (0, True, 4)
+    assert "routes" in result
+
+
+@pytest.mark.parametrize("phase", ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths"])
 def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase):
     def stop(*_):
         raise KeyboardInterrupt
@@ -91,5 +132,6 @@ def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase)
     result, shown = run()
     assert list(result["seconds"]) == PHASES
     assert ("already prepared" in shown) == (phase != "_prepare")
-    assert result["training"].finished_before == (phase in ("_evaluate", "_sample"))
-    assert ("already measured" in shown) == (phase == "_sample")
+    assert result["training"].finished_before == (phase not in ("_prepare", "_train"))
+    assert result["routing"].finished_before == (phase in ("_measure_routes", "_show_paths"))
+    assert shown.count("already measured") == {"_sample": 1, "_measure_routes": 1, "_show_paths": 2}.get(phase, 0)

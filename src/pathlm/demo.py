@@ -1,4 +1,4 @@
-"""`pathlm demo`: the whole way on real text, from nothing to a trained, measured, writing model; repeated, it continues."""
+"""`pathlm demo`: the whole way on real text, from nothing to a measured, writing model, then to a routed one; repeated, it continues."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,71 @@ from pathlm.config import RunConfig, load
 
 TEXT = "data-sotu"
 RECIPE = "plain-tiny"
+ROUTED = "brian-tiny-route"
 PROMPT = "My fellow citizens,"
 SPLIT = "test"
 """The checkpoint was chosen on the validation split, so it is judged on another one."""
+SENTENCES = (
+    "The Constitution provides that the Congress shall assemble at least once in every year.",
+    "We have made great progress, and America is strong because our people are free.",
+)
+ROUTE_TOKENS = 40_000
+"""Of the first whole documents of the split: routes are measured on fewer tokens than losses."""
 
 
 def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
     """Prepare the State of the Union addresses, train the recipe `plain-tiny` into `folder`, measure it beside n-grams, let it write.
 
-    Every phase is skipped or continued where an earlier call, finished or stopped, has left something. `overrides` change fields of the
-    recipe, for example `steps=50`.
+    Then wrap it: the recipe `brian-tiny-route` puts its blocks into a pool, trains a router, and writes the run `folder` + `-routed`; what
+    it saves and which way tokens take is printed. Every phase is skipped or continued where an earlier call, finished or stopped, has left
+    something. `overrides` change fields of both recipes, for example `data.length=128`; `plain.steps=50` and `routed.steps=50` of one.
 
-    Returns the run's `folder`, the `corpus`, how the `training` ended, the `evaluation`, the `sample`, the `seconds` of each phase, and
-    `exit_code`: 0, or 128 + the signal that stopped the training (evaluation and sample are then missing). Raises `ValueError` where
-    `folder` or the corpus folder hold something that other settings made.
+    Returns the run's `folder`, the `corpus`, how the `training` ended, the `evaluation`, the `sample`, how the `routing` ended, the
+    `routes`, the `paths` of two sentences, the `seconds` of each phase, and `exit_code`: 0, or 128 + the signal that stopped a training
+    (what follows it is then missing). Raises `ValueError` where `folder` or the corpus folder hold something that other settings made.
     """
     console = console or Console()
     folder = Path(folder)
-    config = load(RECIPE, [*overrides, f"out={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"])
+    config = load(RECIPE, [*_of(overrides, "plain"), *_place(folder)])
+    routed_folder = folder.with_name(folder.name + "-routed")
+    routed = load(ROUTED, [*_of(overrides, "routed"), *_place(routed_folder), f"init={json.dumps(str(folder))}", "gates=warn"])
     corpus = Path(str(config.data.corpus))
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"folder": folder, "corpus": corpus, "seconds": seconds, "exit_code": 0}
-    with _phase(console, seconds, "1/4 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
+    with _phase(console, seconds, "1/6 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
         _prepare(config, corpus, console)
-    with _phase(console, seconds, "2/4 training", f"the recipe {RECIPE!r} into {folder}"):
+    with _phase(console, seconds, "2/6 training", f"the recipe {RECIPE!r} into {folder}"):
         result["training"] = _train(config, console)
     if result["training"].interrupted:
-        console.print("Stopped. The demo needs no --resume: repeat the command that began it.", style="yellow")
-        return result | {"exit_code": result["training"].exit_code}
-    with _phase(console, seconds, "3/4 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
+        return result | _stopped(result["training"], console)
+    with _phase(console, seconds, "3/6 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
         result["evaluation"] = _evaluate(folder, console)
-    with _phase(console, seconds, "4/4 sample", "what the model writes"):
+    with _phase(console, seconds, "4/6 sample", "what the model writes"):
         result["sample"] = _sample(folder, console)
+    with _phase(console, seconds, "5/6 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
+        result["routing"] = _train(routed, console)
+    if result["routing"].interrupted:
+        return result | _stopped(result["routing"], console)
+    with _phase(console, seconds, "6/6 routes", "which blocks tokens visit, and what that saves"):
+        result["routes"] = _measure_routes(folder, routed, console)
+        result["paths"] = _show_paths(routed_folder, console)
     _farewell(folder, corpus, result, console)
     return result
+
+
+def _of(overrides: Sequence[str], recipe: str) -> list[str]:
+    """Return the overrides that concern a recipe: those of both, then its own."""
+    both = [text for text in overrides if not text.startswith(("plain.", "routed."))]
+    return both + [text.removeprefix(f"{recipe}.") for text in overrides if text.startswith(f"{recipe}.")]
+
+
+def _place(folder: Path) -> list[str]:
+    return [f"out={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"]
+
+
+def _stopped(training: Any, console: Console) -> dict[str, Any]:
+    console.print("Stopped. The demo needs no --resume: repeat the command that began it.", style="yellow")
+    return {"exit_code": training.exit_code}
 
 
 @contextmanager
@@ -104,18 +136,82 @@ def _sample(folder: Path, console: Console) -> str:
     return run(folder, [PROMPT], max_new_tokens=120, temperature=0.8, top_p=0.95, console=console)[0]
 
 
+def _measure_routes(folder: Path, routed: RunConfig, console: Console) -> dict[str, Any]:
+    """Measure both models on the same documents, the routed one at three budgets, unless it was done; print what routing saves."""
+    from pathlm.evaluate.checkpoint import find_checkpoint
+
+    file = routed.folder / "demo.json"
+    identity = [str(find_checkpoint(folder)), str(find_checkpoint(routed.folder)), ROUTE_TOKENS]
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("of") == identity:
+        console.print("already measured", style="dim")
+    else:
+        found = {"of": identity} | _routes(folder, routed)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    plain, free = found["plain"], found["routed"]
+    everything, ran = plain["block_evaluations"], free["block_evaluations"]
+    more = routed.steps * routed.batch_tokens / 1e6
+    console.print(
+        f"[bold]{ran:.2f} of {everything:g} blocks run per token, {1 - ran / everything:.0%} saved[/]; "
+        f"{free['bits_per_byte']:.4f} bits per byte against {plain['bits_per_byte']:.4f} with all blocks "
+        f"({free['loss'] - plain['loss']:+.4f} nats per token; the routed model read {more:.2f} M more tokens)",
+        highlight=False,
+    )
+    curve = " · ".join(
+        f"{one['budget']:.2f}: {one['bits_per_byte']:.4f} at {one['block_evaluations']:.2f} blocks" for one in found["budgets"]
+    )
+    console.print(f"bits per byte by budget  {curve}", highlight=False)
+    console.print(f"{SPLIT} split, {free['documents']} documents, {free['tokens']:,} tokens", style="dim", highlight=False)
+    return found
+
+
+def _routes(folder: Path, routed: RunConfig) -> dict[str, Any]:
+    from pathlm.evaluate.checkpoint import open_model
+    from pathlm.evaluate.routes import route_table
+    from pathlm.text.corpus import Corpus
+
+    corpus = Corpus.open(Path(str(routed.data.corpus)), verify=False)
+    how: dict[str, Any] = {"max_tokens": ROUTE_TOKENS, "context": routed.data.length, "stride": routed.data.length}
+    plain, model = (open_model(place)[0] for place in (folder, routed.folder))
+    low, high = model.pool.budgets_trained.tolist()
+    curve = [] if low > high else [low, (low + 1) / 2, 1.0]
+    return {
+        "plain": asdict(route_table(plain, corpus, SPLIT, **how).score()),
+        "routed": asdict(route_table(model, corpus, SPLIT, **how).score()),
+        "budgets": [asdict(route_table(model, corpus, SPLIT, budget=budget, **how).score()) for budget in curve],
+    }
+
+
+def _show_paths(folder: Path, console: Console) -> Any:
+    """Print two sentences in the colours of their tokens' steps, and the paths of a few tokens."""
+    from pathlm.trace import Scale, run, sentence, steps, table
+
+    found = run(folder, SENTENCES)
+    scale = Scale([steps(path) for paths in found for path in paths[1:]])
+    coloured = console.color_system is not None and not console.no_color
+    console.print("\nthe steps each token took:", highlight=False)
+    for paths in found:
+        console.print(sentence(paths[1:], scale, coloured=coloured))
+    console.print(scale.legend())
+    console.print("\nthe first words' paths (pathlm trace shows them all):", highlight=False)
+    console.print(table(found[0][1:7], scale))
+    return found
+
+
 def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Console) -> None:
     """Print the verdict, where everything is, and what to type next."""
     measured = result["evaluation"]
     ours, theirs = measured["model"]["bits_per_byte"], measured["ngrams"]["orders"]["3"]["bits_per_byte"]
     verdict = "better than" if ours < theirs else "not better than"
     console.print(f"\n[bold]{ours:.4f} bits per byte, {verdict} the 3-gram's {theirs:.4f}[/] ({ours - theirs:+.4f})", highlight=False)
-    places = {"run": folder, "weights": folder / "checkpoints" / "best", "log": folder / "metrics.jsonl", "text": corpus}
+    routed = folder.with_name(folder.name + "-routed")
+    places = {"run": folder, "routed": routed, "weights": folder / "checkpoints" / "best", "log": folder / "metrics.jsonl", "text": corpus}
     for name, place in places.items():
         console.print(f"  {name:<8} {place}", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next (after [bold]source .venv/bin/activate[/], or with .venv/bin/ in front):", highlight=False)
     for command in (
         f'pathlm generate {folder} "The state of the Union is"',
+        f'pathlm trace {routed} "The state of the Union is strong."',
         f"pathlm eval {folder} --split shift",
         f"pathlm train {RECIPE} --set name=wider --set model.hidden_size=192 --set model.intermediate_size=512",
         "pathlm presets",
