@@ -12,25 +12,32 @@ from cases import CASES, ROUTED, Case, ids
 from checks import CHECKS, one_row_is_decoded_as_many_are, saved_and_loaded_it_is_the_same
 from torch.utils.data import Dataset
 
+SLOW_OR_DISCRETE = ("generation", "streaming", "a_long_decode")
+SINGLE = [check for check in CHECKS if not check.__name__.startswith(SLOW_OR_DISCRETE)]
+EVERY_OTHER = [pytest.param(case, marks=pytest.mark.slow) if case in ROUTED[1::2] else case for case in CASES]
+"""Half of the routed cases wait for a release where float64 has shown their routes already."""
+PRECISE = [
+    pytest.param(
+        case, check, id=f"{case}-{check.__name__}", marks=[pytest.mark.slow] if case in ROUTED[1::2] and check not in SINGLE else []
+    )
+    for case in CASES
+    for check in CHECKS
+]
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("case", CASES, ids=str)
+
+@pytest.mark.parametrize(("case", "check"), PRECISE)
 def test_the_contract_holds_in_float64(case: Case, check: Callable[[Any], None]) -> None:
     check(case.build())
 
 
-SLOW_OR_DISCRETE = ("generation", "streaming", "a_long_decode")
-SINGLE = [check for check in CHECKS if not check.__name__.startswith(SLOW_OR_DISCRETE)]
-
-
 @pytest.mark.parametrize("check", SINGLE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY_OTHER, ids=str)
 def test_the_contract_holds_in_float32(case: Case, check: Callable[[Any], None]) -> None:
     check(case.build(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY_OTHER, ids=str)
 def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     saved_and_loaded_it_is_the_same(case.build(dtype), tmp_path)
 
@@ -56,7 +63,7 @@ class Rows(Dataset):
         return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY_OTHER, ids=str)
 def test_the_stock_trainer_runs_two_steps(case: Case, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
