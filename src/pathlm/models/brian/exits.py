@@ -18,7 +18,6 @@ PIECE = 2**22
 """Scores of the vocabulary made at a time."""
 
 
-@torch.no_grad()
 def losses_by_step(
     model: Any,
     records: Records,
@@ -76,18 +75,36 @@ def _read_as_another(
     return result.flatten(2)
 
 
-def exit_loss(records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int, best: bool) -> tuple[Tensor, Tensor]:
+def exit_loss(
+    records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int, best: bool, price: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the Huber loss of the predicted gain, and the predictions (R - shortest, w) it was made of.
 
     The gain of staying after r steps is the loss after r steps minus the loss after the last one: what the remaining steps still remove.
-    With `best` it is measured against the smallest loss after any later step, which may flatter it.
+    With `best` it is measured against the smallest loss after any later step, which may flatter it. Each step costs `price` more.
     """
     predicted = predicted_gains(records, watched, shortest=shortest)
     if not predicted.numel():
         return predicted.sum(), predicted
-    later_Rw = loss_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else loss_Rw[-1:]
-    gain = loss_Rw[shortest - 1 : -1] - later_Rw
+    paid_Rw = _paid(loss_Rw, price)
+    later_Rw = paid_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else paid_Rw[-1:]
+    gain = paid_Rw[shortest - 1 : -1] - later_Rw
     return F.huber_loss(predicted, gain.to(predicted.dtype)), predicted
+
+
+def hindsight_loss(loss_Rw: Tensor, *, shortest: int, price: float) -> Tensor:
+    """Return the sum of the watched tokens' losses, each after the step that was best for it when every step costs `price`."""
+    best_w = _paid(loss_Rw.detach(), price)[shortest - 1 :].argmin(0) + shortest - 1
+    return loss_Rw.gather(0, best_w[None]).sum()
+
+
+def idle_loss(gain_L: Tensor, price: float) -> Tensor:
+    """Return the Huber loss of gains predicted for tokens without a target: the next step costs `price` and removes nothing."""
+    return F.huber_loss(gain_L, torch.full_like(gain_L, -price), reduction="sum") / max(len(gain_L), 1)
+
+
+def _paid(loss_Rw: Tensor, price: float) -> Tensor:
+    return loss_Rw + price * torch.arange(len(loss_Rw), device=loss_Rw.device, dtype=loss_Rw.dtype)[:, None]
 
 
 def predicted_gains(records: Records, watched: Tensor, *, shortest: int) -> Tensor:

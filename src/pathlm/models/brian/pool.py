@@ -53,6 +53,8 @@ class Plan:
     other_share: float = 0.0
     watched: Tensor | None = None
     """Places (w,) of tokens whose state is kept after every step; they must stay in the pool to the end"""
+    attached: bool = False
+    """Whether these states are kept with their graph"""
     record: bool = False
 
 
@@ -84,7 +86,7 @@ class Records:
     other_evaluations: int = 0
     """Blocks run only for the router's gradient"""
     watched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached"""
+    """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached unless the plan says otherwise"""
 
 
 @dataclass
@@ -130,7 +132,8 @@ class PoolRun:
             state = self._visit(state, block_nk, score_nM, step)
             if self.plan.watched is not None:
                 index = self.plan.watched if state.place is None else torch.searchsorted(state.place, self.plan.watched)
-                self.records.watched.append((state.h.detach()[index], state.p.detach()[index]))
+                h = state.h if self.plan.attached else state.h.detach()
+                self.records.watched.append((h[index], state.p.detach()[index]))
         else:
             self._leave(state.h, state.p, state.place, config.max_route_steps)
         return self._gathered(h_BTD)
@@ -212,6 +215,7 @@ class PoolRun:
         if self.plan.gate and k == 1 and torch.is_grad_enabled():
             probability_n = score_nM.softmax(-1).gather(-1, block_nk)[:, 0]
             h = UnitGate.apply(h, state.h, probability_n, self.plan.gate)
+            h = self._tried(h, state, block_nk, score_nM, (keys, values)) if self.plan.other_share else h
         first_n = block_nk[:, 0]
         repeats = torch.where(first_n == state.at, state.repeats + 1, 1)
         p = self.pool.position[1 + block_nk].to(h.dtype)
@@ -221,6 +225,26 @@ class PoolRun:
             p = (p * weight_nk[..., None].to(h.dtype)).sum(1)
             p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True)
         return _Tokens(h, p, first_n, repeats, state.place)
+
+    def _tried(self, h: Tensor, state: _Tokens, block_nk: Tensor, score_nM: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Run another legal block for a few tokens, for its probability's gradient only: `h` (n, D) comes back with the same values."""
+        other_nM = (~score_nM.isneginf()).to(h.dtype).scatter(1, block_nk, 0.0)
+        drawn_n = (torch.rand(len(h), device=h.device) < self.plan.other_share) & (other_nM.sum(-1) > 0)
+        tried = drawn_n.nonzero()[:, 0]
+        if not len(tried):
+            return h
+        block = torch.multinomial(other_nM[tried], 1)
+        place = tried if state.place is None else state.place[tried]
+        with torch.no_grad():
+            some = _Tokens(state.h[tried], state.p[tried], state.at[tried], state.repeats[tried], place)
+            groups = _Groups.of(block, len(self.blocks))
+            qkv, h_in = self._project(groups, some)
+            query = turned(qkv[0][None], self._rotary_at(place), self.blocks[0].heads)[0][0].transpose(0, 1)
+            found = self._finish(groups, some, h_in, [self._read_some(query, *table, place)], None)
+        self.records.other_evaluations += len(tried)
+        probability = score_nM[tried].softmax(-1).gather(-1, block)
+        slope = self.plan.gate * (probability - probability.detach())
+        return h.index_add(0, tried, slope.to(h.dtype) * (found - some.h))
 
     def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, list[Tensor]]:
         """Return queries, keys and values (k, n, H + 2G, K) of every visit, and the hidden states each group starts from."""

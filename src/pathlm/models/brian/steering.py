@@ -79,7 +79,8 @@ def steer(
         depth_N[torch.rand(rows * tokens, device=device) >= knobs.random_depth] = longest + 1
     plan = Plan(
         threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
-        random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched, record=record,
+        random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched,
+        attached=knobs.hindsight, record=record,
     )  # fmt: skip
     return Steering(plan, knobs.router_share > 0)
 

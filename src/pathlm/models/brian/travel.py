@@ -15,6 +15,7 @@ from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.pool import PoolRun, Records, Surroundings
 from pathlm.models.brian.steering import TAUGHT, Steering, note_difficulty, steer
 from pathlm.models.brian.walk import suits, threshold_of, walk
+from pathlm.models.losses import IGNORE
 
 # Shapes: B rows, T tokens, N = B · T, D width, S tokens attended, w watched tokens
 
@@ -44,8 +45,16 @@ class Journey:
         assert self.steering is not None
         return self.steering.plan.threshold
 
-    def lessons(self, model: Any, loss_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of what the router is taught, and the metrics; in training also move biases, thresholds and tables."""
+    def judged_now(self, target_N: Tensor) -> Tensor:
+        """Return the targets without those of tokens that are judged in hindsight."""
+        later = self.steering is not None and self.steering.plan.attached and self.steering.plan.watched is not None
+        return target_N.index_fill(0, self._plan.watched, IGNORE) if later else target_N
+
+    def lessons(self, model: Any, loss_N: Tensor, count: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of what the router is taught, and the metrics; in training also move biases, thresholds and tables.
+
+        `count` is what the summed loss of the text is divided by.
+        """
         pool, knobs, plan = model.pool, self.knobs or Knobs(), self._plan
         assert self.target_BT is not None
         batch, tokens = self.target_BT.shape
@@ -55,6 +64,8 @@ class Journey:
         ordinary = model.config.pre_blocks + model.config.post_blocks
         metrics: dict[str, Tensor] = {"route/block_evaluations": loss_N.new_tensor(ordinary + self.records.evaluations / len(loss_N))}
         total = loss_N.new_zeros(())
+        if plan.other_share:
+            metrics["route/other_evaluations"] = loss_N.new_tensor(self.records.other_evaluations / len(loss_N))
         if self.records.steps:
             found = losses.Decisions.of(self.records, plan, present_N)
             wished = knobs.budget if self.budget is None else self.budget
@@ -68,14 +79,21 @@ class Journey:
                 metrics["route/difficulty_correlation"] = correlation
             if model.training and knobs.load_bias_rate:
                 losses.move_load_bias(pool, found, rate=knobs.load_bias_rate)
+            if model.training and knobs.idle:
+                idle_L = (self.target_BT.flatten()[found.place_L] < 0) & (found.step_L >= model.config.min_route_steps)
+                idle = exits.idle_loss(found.gain_L[idle_L], knobs.price)
+                total = total + knobs.idle * idle
+                metrics["loss/idle"] = idle.detach().float()
         if plan.watched is not None:
-            value, predicted = self._gain(model, plan.watched, best=knobs.best_gain)
-            total = total + knobs.exit * value
+            value, predicted, hindsight = self._gain(model, plan.watched, knobs)
+            total = total + knobs.exit * value + hindsight / count
             metrics["loss/exit"] = value.detach().float()
             if knobs.budget is not None:
                 exits.move_thresholds(pool, predicted, budget=knobs.budget, spread=knobs.budget_spread, rate=knobs.threshold_rate)
         if model.training and knobs.difficulty_rate and self.input_ids is not None:
-            note_difficulty(pool, self.input_ids, self.target_BT, loss_N, rate=knobs.difficulty_rate)
+            note_difficulty(
+                pool, self.input_ids, self.judged_now(self.target_BT.flatten()).view_as(self.target_BT), loss_N, rate=knobs.difficulty_rate
+            )
         return total + _touch(model), metrics
 
     @property
@@ -83,14 +101,19 @@ class Journey:
         assert self.steering is not None
         return self.steering.plan
 
-    def _gain(self, model: Any, watched: Tensor, *, best: bool) -> tuple[Tensor, Tensor]:
-        """Return the loss of the predicted gains of the watched tokens, and the predictions."""
+    def _gain(self, model: Any, watched: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of the predicted gains of the watched tokens, the predictions, and the tokens' summed loss in hindsight."""
         assert self.target_BT is not None and self.rotary is not None
         if not len(watched):
-            return self.target_BT.new_zeros((), dtype=torch.float32), torch.zeros(0, 0, device=watched.device)
+            zero = self.target_BT.new_zeros((), dtype=torch.float32)
+            return zero, torch.zeros(0, 0, device=watched.device), zero
         target_w = self.target_BT.flatten()[watched]
-        loss_Rw = exits.losses_by_step(model, self.records, watched, target_w, self.after_pool, self.mask, self.rotary)
-        return exits.exit_loss(self.records, watched, loss_Rw, shortest=model.config.min_route_steps, best=best)
+        shortest = model.config.min_route_steps
+        with torch.set_grad_enabled(knobs.hindsight and torch.is_grad_enabled()):
+            loss_Rw = exits.losses_by_step(model, self.records, watched, target_w, self.after_pool, self.mask, self.rotary)
+        hindsight = exits.hindsight_loss(loss_Rw, shortest=shortest, price=knobs.price) if knobs.hindsight else loss_Rw.new_zeros(())
+        lesson = exits.exit_loss(self.records, watched, loss_Rw.detach(), shortest=shortest, best=knobs.best_gain, price=knobs.price)
+        return *lesson, hindsight
 
 
 def travel(
