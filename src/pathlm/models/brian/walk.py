@@ -124,7 +124,8 @@ def make_signposts(pool: RoutePool) -> Signposts:
         table[:, :-1] += config.location_bias * (position @ position[1:-1].T)
     adapted = None
     if len(pool.adapters):
-        adapted = [list((position.to(layer.weight.dtype) @ layer.weight.T).unbind()) for layer in pool.adapters]
+        layers: Any = pool.adapters
+        adapted = [list((position.to(layer.weight.dtype) @ layer.weight.T).unbind()) for layer in layers]
     weight, second = router.from_hidden.weight.to(dtype), None
     if config.router_hidden:
         width = config.hidden_size
