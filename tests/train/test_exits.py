@@ -69,3 +69,17 @@ def test_hindsight_trains_the_step_it_chose():
         if p.grad is not None and "pool" not in name:
             # Rows that others read are those of the last step in one pass, of the first in the other; the first step reads first rows.
             assert torch.allclose(mine[name], p.grad, atol=1e-5), name
+
+
+def test_the_router_moves_hidden_states_only_where_it_is_listened_to():
+    ids = torch.randint(23, (2, 7))
+    found = []
+    for listen in (0.0, 0.5, 1.0):
+        model = small_model()
+        torch.nn.init.normal_(model.pool.router.from_hidden.weight)
+        labels = torch.full_like(ids, -100)
+        model(ids, labels=labels, knobs=Knobs(idle=1.0, listen=listen), depths=torch.full_like(ids, 3)).loss.backward()
+        found.append(model.embed_tokens.weight.grad)
+    assert found[0] is None or not found[0].any()
+    assert found[2].any()
+    assert torch.allclose(found[1] * 2, found[2], rtol=1e-4, atol=1e-6)

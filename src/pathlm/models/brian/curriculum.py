@@ -38,6 +38,8 @@ class Knobs:
     """Weight of the regression that tells tokens without a target that the next step gains them nothing."""
     hindsight: bool = False
     """Whether the text's loss of tokens that stay to be measured is the one after their best step; otherwise the one after the last."""
+    listen: float = 0.0
+    """Share of the router's gradient that reaches hidden states, in training; with 0 what the model says never bends to the router."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0

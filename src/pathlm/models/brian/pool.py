@@ -56,6 +56,7 @@ class Plan:
     attached: bool = False
     """Whether these states are kept with their graph"""
     record: bool = False
+    listen: float = 0.0
 
 
 @dataclass
@@ -142,7 +143,7 @@ class PoolRun:
         """Let every token choose; those that leave are put aside. Returns the others with their blocks, None where nobody is left."""
         plan, config = self.plan, self.pool.config
         if plan.guided:
-            score_nM, gain_n = self.pool.scores(state.h, state.p, step)
+            score_nM, gain_n = self.pool.scores(state.h, state.p, step, listen=plan.listen)
             if config.max_repeats:
                 legal_nM = legal_blocks(state.at, state.repeats, blocks=len(self.blocks), limit=config.max_repeats)
                 score_nM = score_nM.masked_fill(~legal_nM, -torch.inf)

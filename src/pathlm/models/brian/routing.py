@@ -42,10 +42,13 @@ class Router(nn.Module):
             self.hidden_in = nn.Linear(width + seen, config.router_hidden)
             self.hidden_out = nn.Linear(config.router_hidden, actions, bias=False)
 
-    def forward(self, h_ND: Tensor, p_NP: Tensor, step: int) -> Tensor:
-        """Return the outputs (N, A). No gradient reaches `h_ND`: what the model says must not bend to what the router finds easy."""
+    def forward(self, h_ND: Tensor, p_NP: Tensor, step: int, *, listen: float = 0.0) -> Tensor:
+        """Return the outputs (N, A). A share `listen` of the gradient reaches `h_ND`.
+
+        None does by default: what the model says must not bend to what the router finds easy.
+        """
         with torch.autocast(h_ND.device.type, enabled=False):
-            x_ND = self.read(h_ND)
+            x_ND = self.read(h_ND, listen=listen)
             p_NP = p_NP.to(x_ND.dtype)
             out_NA = _linear(x_ND, self.from_hidden)
             if self.config.router_sees_position:
@@ -57,9 +60,13 @@ class Router(nn.Module):
                 out_NA = out_NA + _linear(F.gelu(_linear(x_ND, self.hidden_in)), self.hidden_out)
             return out_NA
 
-    def read(self, h_ND: Tensor) -> Tensor:
-        """Return the hidden state as the router sees it: normalised, and cut off from the graph."""
-        x_ND = h_ND.detach().to(torch.promote_types(h_ND.dtype, torch.float32))
+    def read(self, h_ND: Tensor, *, listen: float = 0.0) -> Tensor:
+        """Return the hidden state as the router sees it: normalised, and cut off from the graph but for a share `listen`."""
+        if listen:
+            h_ND = h_ND.detach().lerp(h_ND, listen)
+        else:
+            h_ND = h_ND.detach()
+        x_ND = h_ND.to(torch.promote_types(h_ND.dtype, torch.float32))
         return F.rms_norm(x_ND, x_ND.shape[-1:], eps=self.config.rms_norm_eps)
 
     @torch.no_grad()
@@ -152,9 +159,9 @@ class RoutePool(nn.Module):
             init.zeros_(layer.weight)
         self.router.reset(table)
 
-    def scores(self, h_ND: Tensor, p_NP: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def scores(self, h_ND: Tensor, p_NP: Tensor, step: int, *, listen: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the blocks' scores (N, M), location and load biases included, and the gain (N,)."""
-        out_NA = self.router(h_ND, p_NP, step)
+        out_NA = self.router(h_ND, p_NP, step, listen=listen)
         score_NM, gain_N = out_NA[:, :-1], out_NA[:, -1]
         if self.config.location_bias:
             score_NM = score_NM + self.config.location_bias * (p_NP @ self.position[1:-1].T.to(p_NP.dtype)).to(score_NM.dtype)

@@ -80,7 +80,7 @@ def steer(
     plan = Plan(
         threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
         random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched,
-        attached=knobs.hindsight, record=record,
+        attached=knobs.hindsight, listen=knobs.listen, record=record,
     )  # fmt: skip
     return Steering(plan, knobs.router_share > 0)
 
