@@ -10,6 +10,9 @@ from typing import Any
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.stages import Curriculum, Gate, Stage
 
+SHARES_OF_ALL = ("router_share", "pseudo", "exit_share", "random_depth", "other_share", "random_share", "probe_share")
+"""Knobs that are shares of tokens, rows or visits."""
+
 
 @dataclass(frozen=True)
 class Knobs:
@@ -72,6 +75,14 @@ class Knobs:
     exit_min_step: int = 2
     """The exit-boundary loss holds p(OUT) down before this step."""
     z: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse shares and budgets that are none."""
+        for name in SHARES_OF_ALL:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        if self.budget is not None and not 0.0 < self.budget <= 1.0:
+            raise ValueError(f"budget={self.budget}: must lie above 0 and at most at 1, a share of max_route_steps")
 
 
 BASELINE = Knobs(router_share=0.0, exit_share=0.0, difficulty_rate=0.01)
@@ -159,6 +170,9 @@ def curriculum(
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
     pool = config is not None and config.pool_blocks > 0
+    if stages and (not pool or name not in SHARES):
+        rule = f"curriculum={name!r} is one stage; {' and '.join(SHARES)} of a model with a pool have several"
+        raise ValueError(f"stages.{next(iter(stages))}={next(iter(stages.values()))}: {rule}")
     if not pool:
         if name not in ("default", "plain"):
             raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")

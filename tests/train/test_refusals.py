@@ -1,0 +1,116 @@
+"""What no routed run can be is refused by name, before any work: nothing is written."""
+
+import pytest
+import torch
+from rich.console import Console
+
+import pathlm
+from pathlm.config import RunConfig, load, with_options
+from pathlm.text.mixture import open_rows
+from pathlm.train import start
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+POOL = SIZES | {"pre_blocks": 1, "pool_blocks": 2, "post_blocks": 1, "max_route_steps": 3}
+PLAIN = SIZES | {"pre_blocks": 3, "post_blocks": 1}
+
+
+def config(tmp_path, **options) -> RunConfig:
+    base = {
+        "name": "run", "out": str(tmp_path), "preset": "brian-tiny", "steps": 5, "batch_tokens": 128, "micro_rows": 2, "eval_every": 5,
+        "eval_rows": 2, "save_every": 5, "log_every": 1, "model": POOL, "gates": "warn",
+        "optim": {"warmup_steps": 0, "schedule": "constant"},
+        "data": {"length": 64, "task_share": 1.0, "tasks": {"copy": 1.0}},
+    }  # fmt: skip
+    return with_options(RunConfig, base | options)
+
+
+def go(run, **options):
+    return start(run, console=Console(quiet=True), **options)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A plain decoder and a routed model as folders, with the tokenizer of the data."""
+    home = tmp_path_factory.mktemp("weights")
+    rows = open_rows(config(home).data, "train", seed=0)
+    for name, preset, model in (("plain", "plain-tiny", PLAIN), ("routed", "brian-tiny", POOL)):
+        torch.manual_seed(0)
+        pathlm.build(pathlm.preset(preset, **model, vocab_size=rows.vocab_size)).save_pretrained(home / name)
+        rows.tokenizer().save_pretrained(home / name)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": POOL | {"min_route_steps": 4}}, "min_route_steps=4: must lie in 1 … max_route_steps=3"),
+        ({"model": POOL | {"min_route_steps": 0}}, "min_route_steps=0: must lie in 1 … max_route_steps=3"),
+        ({"model": POOL | {"route_top_k": 2, "pool_blocks": 1}}, "route_top_k=2: must be 1, or 2 where pool_blocks=1 is at least 2"),
+        ({"model": POOL | {"top_k": 2}}, "BrianConfig has no option top_k; it has .*route_top_k"),
+        ({"model": POOL | {"max_route_steps": 0}}, "max_route_steps=0: pool_blocks=2 needs at least 1"),
+        ({"model": POOL | {"pool_blocks": 0}}, "max_route_steps=3: there are no pool blocks to visit"),
+        ({"curriculum": "routes"}, "curriculum='routes': there are default, route, fixed, stage-0, stage-1, stage-2, stage-3, stage-4"),
+        ({"preset": "plain-tiny", "model": PLAIN, "curriculum": "route"}, "curriculum='route': a plain decoder has only default"),
+        ({"curriculum": "route", "knobs": {"noize": 1.0}}, "there is no knob 'noize'"),
+        ({"curriculum": "route", "knobs": {"leave.noise": 1.0}}, "there is no stage 'leave'; this curriculum has wrapped, pseudo-routes"),
+        ({"curriculum": "route", "knobs": {"exit.budget": 1.5}}, "knobs: budget=1.5: must lie above 0 and at most at 1"),
+        ({"curriculum": "route", "knobs": {"random_share": -0.1}}, "knobs: random_share=-0.1: must lie between 0 and 1"),
+        ({"curriculum": "route", "knobs": {"top_k": "two"}}, "knobs: top_k='two' must be of type int"),
+        ({"curriculum": "route", "stages": {"leave": 0.5}}, "stages.leave=0.5: stages are baseline, wrapped, pseudo-routes"),
+        ({"curriculum": "route", "stages": {"exit": -0.5}}, "stages"),
+        ({"curriculum": "route", "steps": 3}, "steps=3: 4 stages need a step each"),
+        ({"curriculum": "stage-3", "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='stage-3' is one stage; default and route of"),
+        ({"curriculum": "fixed", "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='fixed' is one stage"),
+        ({"preset": "plain-tiny", "model": PLAIN, "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='default' is one stage"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        go(config(tmp_path, **options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "message"),
+    [
+        ("plain", {"pre_blocks": 2}, "model: pre_blocks=2, pool_blocks=2, post_blocks=1 must add up to the 4 blocks of init="),
+        ("routed", {"pool_blocks": 3}, "pre_blocks=1, pool_blocks=3, post_blocks=1 must add up to the 4 blocks of init="),
+        ("routed", {"pool_blocks": 1, "pre_blocks": 2}, r"model.pre_blocks=2: init=.* has 1, and its weights fit no other"),
+        ("routed", {"block_position": "circle"}, r"model.block_position='circle': init=.* has 'arc'"),
+        ("routed", {"router_hidden": 8}, r"model.router_hidden=8: init=.* has 0"),
+        ("plain", {"hidden_size": 32}, r"model.hidden_size=32: init=.* has 16, and its weights fit no other"),
+    ],
+)
+def test_weights_of_another_architecture_are_named(tmp_path, weights, source, model, message):
+    with pytest.raises(ValueError, match=message):
+        go(config(tmp_path, curriculum="route", init=str(weights / source), model=POOL | model))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": POOL | {"max_route_steps": 4}}, r"model\.max_route_steps=4 .the run has 3"),
+        ({"model": POOL | {"route_top_k": 2}}, r"model\.route_top_k=2 .the run has 1"),
+        ({"model": POOL | {"pre_blocks": 2, "post_blocks": 0}}, r"model\.post_blocks=0 .the run has 1.; model\.pre_blocks=2"),
+        ({"preset": "plain-tiny", "model": PLAIN, "curriculum": "default"}, r"model\.pool_blocks=0 .the run has 2"),
+        ({"curriculum": "stage-4"}, r"curriculum='stage-4' .the run has 'route'"),
+        ({"knobs": {"noise": 0.1}}, r"knobs=\{'noise': 0\.1\} .the run has \{\}"),
+        ({"stages": {"exit": 0.3}}, r"stages=\{'exit': 0\.3\} .the run has \{\}"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(tmp_path, changed, message):
+    home = tmp_path / "runs"
+    base = config(home, curriculum="route")
+    go(base)
+    before = {file: file.stat().st_mtime_ns for file in home.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=f"--resume: .*{message}"):
+        go(config(home, **{"curriculum": "route"} | changed), resume=True)
+    assert {file: file.stat().st_mtime_ns for file in home.rglob("*") if file.is_file()} == before
+
+
+def test_the_command_line_says_the_same_in_one_line():
+    with pytest.raises(ValueError, match=r"OptimConfig has no option optim\.lrr"):
+        load("brian-tiny-route", ["optim.lrr=1"])
+    with pytest.raises(ValueError, match="RunConfig has no option knob;"):
+        load("brian-tiny-route", ["knob.noise=1"])
