@@ -88,7 +88,7 @@ class Knobs:
 BASELINE = Knobs(router_share=0.0, exit_share=0.0, difficulty_rate=0.01)
 # Weights are small: AdamW does not mind, and the router must not use up the norm to which all gradients together are clipped.
 WRAPPED = replace(BASELINE, imitation=0.1)
-PSEUDO = replace(WRAPPED, pseudo=1.0, difficulty_rate=0.0)
+PSEUDO = replace(WRAPPED, pseudo=1.0, difficulty_rate=0.002)  # slowly: the table is the teacher here
 EXPLORING = Knobs(
     router_share=0.1, exit_share=0.0, imitation=0.1, gate=0.1, other_share=0.0, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-5
 )
@@ -144,7 +144,13 @@ STAGES = (
             Gate(
                 "validation/route/load_entropy", ">=", 0.6, "the blocks must share the work", "raise knobs.load_bias_rate or knobs.balance"
             ),
-            Gate("validation/route/difficulty_correlation", ">=", 0.0, "harder tokens must go deeper", "raise knobs.exit"),
+            Gate(
+                "validation/route/difficulty_correlation",
+                ">=",
+                0.01,
+                "harder tokens must go deeper",
+                "raise knobs.budget_spread or knobs.exit",
+            ),
         ),
     ),
 )
