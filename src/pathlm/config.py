@@ -109,7 +109,7 @@ class RunConfig:
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes share the model, when there are several."""
     unused_parameters: bool = False
-    """Allow steps that give some parameters no gradient, as hard routing does. `ddp` then walks the graph at every step."""
+    """Allow steps that give some parameters no gradient. `ddp` then walks the graph at every step. BRIAN does not need it."""
     eval_every: int = 100
     eval_rows: int = 64
     """Rows of the validation split measured at each evaluation."""
