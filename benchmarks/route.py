@@ -8,7 +8,7 @@ A training step is forward, loss, backward, clipping and AdamW. Random routes dr
 fewer steps tokens leave after different numbers of them. What a block costs is measured in the same run, as the difference of two plain
 decoders, of 12 and 8 layers: the ideal saving is that cost times the block evaluations saved. Evaluations are told by the model (its metric
 `route/block_evaluations`) and counted by hooks; both must agree. Decoding is `pathlm.generate` from prompts of one token, so that every
-pass reads one token per row. At batch 1 tokens leave at one place of the pool; at batch 32 rows leave at different steps.
+pass reads one token per row. Tokens leave together, at one place of the pool, or at batch 32 also at different steps ("on average").
 """
 
 import json
@@ -32,11 +32,11 @@ from benchmarks.routed import (
     cache_bytes,
     cases,
     counting,
-    decoded_blocks,
+    decoded_calls,
     leave_after,
     leave_unevenly,
     parameters,
-)  # fmt: skip
+)
 from benchmarks.timing import Ratio, arguments, interleaved, ratio, show
 from pathlm.generate import generate
 from pathlm.models.brian.presets import cache_numbers_per_token
@@ -44,6 +44,9 @@ from pathlm.models.brian.presets import cache_numbers_per_token
 LAYERS = POOL + sum(ENDS)
 FEWER = 4
 """Layers that the smaller plain decoder lacks."""
+PLAIN_FEWER = "plain, 4 layers fewer"
+HALF = "half the rows, {}"
+ALL, TOGETHER, APART = "routed, all steps", "routed, {} steps", "routed, {} steps on average"
 Measured = tuple[list[dict[str, Any]], dict[str, Ratio]]
 
 
@@ -91,7 +94,7 @@ def training(size: Size, options: Any) -> Measured:
     shallow = next(name for name in seconds if name.endswith("of the steps"))
     ratios = {f"training step, {name} ÷ plain": ratio(seconds[name], seconds["plain"]) for name in seconds if not name.startswith("plain")}
     saved = told["routed, random"][1] - told[shallow][1]
-    block = _block(seconds, "plain", "plain, 4 layers fewer")
+    block = _block(seconds, "plain", PLAIN_FEWER)
     ratios[f"training step, {shallow}: saving ÷ cost of the {saved:.2f} blocks/token saved"] = ratio(
         _minus(seconds["routed, random"], seconds[shallow]), [saved * cost for cost in block]
     )
@@ -110,61 +113,76 @@ def evaluations(model: Any, case: Case, tokens: torch.Tensor) -> tuple[Any, floa
 
 
 def decoding(size: Size, options: Any) -> Measured:
-    """Time greedy decoding at batch 1 and 32, all route steps taken and the size's share of them."""
+    """Time greedy decoding at batch 1 and 32, with all route steps and with the size's share of them."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, Ratio] = {}
-    steps = {POOL: "all steps", round(size.share * POOL): f"{round(size.share * POOL)} steps"}
+    some = round(size.share * POOL)
     for batch in (1, 32):
-        models: dict[str, Any] = {
-            "plain": Case().build(size, options.device),
-            "plain, 4 layers fewer": Case(layers=LAYERS - FEWER).build(size, options.device),
-        }
+        models = {name: case.build(size, options.device) for name, case in _decoders(batch, some).items()}
+        models = {name: (model.bfloat16() if options.device == "cuda" else model).eval() for name, model in models.items()}
         prompt = torch.randint(0, models["plain"].config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(2))
         prompt = prompt.to(options.device)
-        models |= {f"routed, {name}": Case(routed=True).build(size, options.device) for name in steps.values()}
-        for name, model in models.items():
-            models[name] = model.bfloat16().eval() if options.device == "cuda" else model.eval()
-        for count, name in steps.items():
-            if batch == 1:
-                leave_after(models[f"routed, {name}"], count)
-            else:
-                leave_unevenly(models[f"routed, {name}"], prompt, new=options.new, mean=count)
-        calls = {name: _writer(model, prompt, options.new) for name, model in models.items()}
-        blocks = {name: decoded_blocks(model, prompt, new=options.new) for name, model in models.items()}
+        leave_after(models[TOGETHER.format(some)], some)
+        if batch > 1:
+            leave_unevenly(models[ALL], prompt, new=options.new, mean=POOL)
+            leave_unevenly(models[APART.format(some)], prompt, new=options.new, mean=some)
+        prompts = {name: prompt[: batch // 2] if name.startswith("half the rows") else prompt for name in models}
+        calls = {name: _writer(model, prompts[name], options.new) for name, model in models.items()}
+        ran = {name: decoded_calls(model, prompts[name], new=options.new) for name, model in models.items()}
         seconds = interleaved(calls, repeats=options.repeats)
-        what, tokens = f"decoding, batch {batch}", batch * options.new
-        rows += [
-            _row(f"{what}, {name}", seconds[name], scale=1e6 / tokens, unit="µs/token", tokens=tokens, blocks=(None, blocks[name]))
-            for name in models
-        ]
-        ratios |= _decoding_ratios(what, seconds, blocks, *(f"routed, {name}" for name in steps.values()))
+        what = f"decoding, batch {batch}"
+        for name in models:
+            tokens = len(prompts[name]) * options.new
+            blocks = (None, sum(ran[name]) / tokens)
+            rows.append(_row(f"{what}, {name}", seconds[name], scale=1e6 / tokens, unit="µs/token", tokens=tokens, blocks=blocks))
+        ratios |= {f"{what}, {name} ÷ plain": ratio(seconds[name], seconds["plain"]) for name in models if name.startswith("routed")}
+        for name in [name for name in models if name.startswith(f"routed, {some} steps")]:
+            for base in (ALL, "plain"):
+                ratios |= _saving(what, seconds, ran, base, name, batch=batch)
+        ratios |= _saving(what, seconds, ran, "plain", PLAIN_FEWER, batch=batch)
     return rows, ratios
 
 
-def _decoding_ratios(what: str, seconds: Mapping[str, list[float]], blocks: Mapping[str, float], full: str, some: str) -> dict[str, Ratio]:
-    """What of the blocks that are not run appears in the time, beside the routed model's own full depth and beside the plain decoder."""
-    fewer = "plain, 4 layers fewer"
-    found = {f"{what}, {name} ÷ plain": ratio(seconds[name], seconds["plain"]) for name in (full, some, fewer)}
-    cost = _block(seconds, "plain", fewer)
-    for base in (full, "plain"):
-        saved = blocks[base] - blocks[some]
-        saving = _minus(seconds[base], seconds[some])
-        found[f"{what}, {some} beside {base}: saving ÷ cost of the {saved:.2f} blocks/token saved"] = ratio(
-            saving, [saved * block for block in cost]
-        )
-    for base, other in ((full, some), ("plain", some), ("plain", fewer)):
-        share = 1 - blocks[other] / blocks[base]
-        saving = _minus(seconds[base], seconds[other])
-        found[f"{what}, {other} beside {base}: share of time saved ÷ share of blocks saved ({share:.1%})"] = ratio(
-            saving, [share * second for second in seconds[base]]
-        )
+def _decoders(batch: int, some: int) -> dict[str, Case]:
+    """What decodes; with several rows also the plain decoders on half of them, which tell what a block costs beside its rows."""
+    fewer = Case(layers=LAYERS - FEWER)
+    found = {"plain": Case(), PLAIN_FEWER: fewer}
+    if batch > 1:
+        found |= {HALF.format("plain"): Case(), HALF.format(PLAIN_FEWER): fewer, APART.format(some): Case(routed=True)}
+    return found | {ALL: Case(routed=True), TOGETHER.format(some): Case(routed=True)}
+
+
+def _saving(
+    what: str, seconds: Mapping[str, list[float]], ran: Mapping[str, list[int]], base: str, other: str, *, batch: int
+) -> dict[str, Ratio]:
+    """How much of the blocks that are not run appears in the time: by their share, by their cost, and by the cost of the calls that ran.
+
+    A call of a block on half the rows costs more than half; where the cost of a call was measured at two numbers of rows, the third number
+    takes a + b · rows for it.
+    """
+    share, saving = 1 - sum(ran[other]) / sum(ran[base]), _minus(seconds[base], seconds[other])
+    name = f"{what}, {other} beside {base}"
+    by_share = ratio(saving, [share * second for second in seconds[base]])
+    found = {f"{name}: share of time saved ÷ share of blocks saved ({share:.1%})": by_share}
+    if other == PLAIN_FEWER:
+        return found
+    passes = len(ran["plain"]) / LAYERS
+    cost = [block / passes for block in _block(seconds, "plain", PLAIN_FEWER)]
+    saved = (sum(ran[base]) - sum(ran[other])) / batch
+    found[f"{name}: saving ÷ cost of the blocks saved"] = ratio(saving, [saved * one for one in cost])
+    if HALF.format("plain") in seconds and len(set(ran[other])) > 1:
+        cost_half = [block / passes for block in _block(seconds, HALF.format("plain"), HALF.format(PLAIN_FEWER))]
+        calls = len(ran[base]) - len(ran[other])
+        # cost(rows) = cost_half + (rows - batch / 2) · (cost - cost_half) / (batch / 2)
+        ideal = [calls * (2 * half - one) + saved * 2 * (one - half) for one, half in zip(cost, cost_half, strict=True)]
+        found[f"{name}: saving ÷ cost saved where a call costs a + b · rows"] = ratio(saving, ideal)
     return found
 
 
 def memory(size: Size, options: Any) -> Measured:
     """Measure the peak memory of training, a process for each case, and the bytes that decoding keeps per token."""
     rows: list[dict[str, Any]] = []
-    peaks: dict[str, list[float]] = {name: [] for name in cases(size) if name != "plain, 4 layers fewer"}
+    peaks: dict[str, list[float]] = {name: [] for name in cases(size) if name != PLAIN_FEWER}
     for _ in range(min(options.repeats, 3)):
         for name, found in peaks.items():
             asked = {"size": options.size, "case": name, "device": options.device, "threads": options.threads}

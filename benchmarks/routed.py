@@ -151,10 +151,15 @@ def leave_unevenly(model: Any, prompt: torch.Tensor, *, new: int, mean: float) -
 
 def decoded_blocks(model: Any, prompt: torch.Tensor, *, new: int) -> float:
     """Blocks run per token while `generate` continues a prompt of one token, counted by hooks."""
+    return sum(decoded_calls(model, prompt, new=new)) / (prompt.shape[0] * new)
+
+
+def decoded_calls(model: Any, prompt: torch.Tensor, *, new: int) -> list[int]:
+    """The rows of every call of a block in the meantime."""
     assert prompt.shape[1] == 1
     with counting(model) as rows:
         generate(model, prompt, max_new_tokens=new, temperature=0)
-    return sum(rows) / (prompt.shape[0] * new)
+    return rows
 
 
 def peak(size: Size, case: Case, device: str, *, steps: int = 3) -> float:

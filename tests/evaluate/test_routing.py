@@ -304,3 +304,12 @@ def test_the_progress_bar_reaches_its_end(prepared, monkeypatch):
     monkeypatch.setattr(routing, "bar", Bar)
     result = routing.run(prepared / "routed", prepared / "corpus", "train", budgets=(0.5, 1.0), draws=2, max_documents=3, device="cpu")
     assert sum(moved) == totals[0] == (1 + 2 + PASSES) * result["routed"]["tokens"]
+
+
+def test_documents_read_in_several_groups_give_the_same_rows(model, corpus, records, monkeypatch):
+    monkeypatch.setattr("pathlm.evaluate.lm.GROUP_TOKENS", 20)
+    depth = random_depths(records.steps)
+    for options in ({}, {"depths": depth}):
+        found = route_table(model, corpus, context=16, **options)
+        assert found.steps.tolist() == (depth if options else records.steps).tolist()
+        assert found.document.tolist() == records.document.tolist() and found.token.tolist() == records.token.tolist()
