@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.pool import Plan, Records
-from pathlm.models.brian.routing import RoutePool
+from pathlm.models.brian.routing import GAIN_SCALE, RoutePool
 
 # Shapes: L decisions of all tokens in all steps, M pool blocks, R route steps, N tokens
 
@@ -108,7 +108,7 @@ def imitation(found: Decisions, plan: Plan, blocks: int, shortest: int) -> tuple
     count = follows_L.sum().clamp(min=1)
     block_L = F.cross_entropy(found.score_LM, wanted_L.clamp(max=blocks - 1), reduction="none")
     block_L = torch.where(ends_L | ~follows_L, 0.0, block_L)  # infinite where a route of its own has made the teacher's block illegal
-    exit_L = F.binary_cross_entropy_with_logits(-found.gain_L, ends_L.to(found.gain_L.dtype), reduction="none") * free_L
+    exit_L = F.binary_cross_entropy_with_logits(-found.gain_L / GAIN_SCALE, ends_L.to(found.gain_L.dtype), reduction="none") * free_L
     out_L = (found.gain_L < 0) & free_L
     right_L = (out_L == ends_L) & (ends_L | (found.score_LM.argmax(-1) == wanted_L))
     return ((block_L + exit_L) * follows_L).sum() / count, (right_L & follows_L).sum() / count

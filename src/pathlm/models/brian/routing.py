@@ -17,7 +17,11 @@ from pathlm.models.brian.positions import IN, position_table
 # Shapes: N tokens in the pool, D model width, P width of positions, M pool blocks, A = M + 1 outputs of the router, G budgets
 
 PREFERENCE = 5.0
-"""How strongly a fresh router prefers the next block, and staying until the last block, in its outputs' units."""
+"""How strongly a fresh router prefers the next block, in units of its scores."""
+GAIN = 0.5
+"""What a fresh router expects of staying before the last block, in nats, and the opposite after it: little, to be unlearned soon."""
+GAIN_SCALE = 0.1
+"""Nats of gain that multiply the odds of leaving by e, until measured gains say otherwise."""
 BUDGETS = 33
 """Budgets for which a threshold is kept; between them it is interpolated."""
 
@@ -78,8 +82,8 @@ class Router(nn.Module):
         wanted[:blocks, :blocks] = PREFERENCE * torch.eye(blocks, dtype=torch.float64)
         # The others are told apart by more than rounding, or second choices would depend on how many tokens are looked at together.
         wanted[:, :blocks] -= 0.01 * torch.arange(blocks)
-        wanted[:, blocks] = -PREFERENCE
-        wanted[:blocks, blocks] = PREFERENCE
+        wanted[:, blocks] = -GAIN
+        wanted[:blocks, blocks] = GAIN
         if self.config.router_sees_position:
             found = torch.linalg.pinv(position.detach().cpu().double()) @ wanted
             init.copy_(self.from_position.weight, found.T.to(self.from_position.weight))
@@ -142,7 +146,7 @@ class RoutePool(nn.Module):
             # Low and high end of the budgets trained so far; none while low > high.
             "budgets_trained": torch.tensor([2.0, -1.0]),
             "budget_default": torch.tensor(1.0),
-            "gain_scale": torch.tensor(1.0),
+            "gain_scale": torch.tensor(GAIN_SCALE),
             "difficulty_sum": torch.zeros(vocabulary),
             "difficulty_count": torch.zeros(vocabulary),
         }
