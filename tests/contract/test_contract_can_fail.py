@@ -110,9 +110,9 @@ def test_a_broken_model_fails_the_check_that_guards_against_it(model: type[Brian
 # Faults of routing, each put into a sound model: what is replaced, and the fault.
 
 
-def averaged(self: Any, h_ND: Tensor, p_NP: Tensor, step: int, sound: Any) -> Any:
+def averaged(self: Any, h_ND: Tensor, p_NP: Tensor, step: int, sound: Any, **options: Any) -> Any:
     """The router reads the mean of the tokens in the pool, as the original's did."""
-    return sound(self, h_ND + h_ND.mean(0, keepdim=True), p_NP, step)
+    return sound(self, h_ND + h_ND.mean(0, keepdim=True), p_NP, step, **options)
 
 
 def rewritten(self: Any, h: Tensor, p: Tensor, place: Tensor | None, steps: int, sound: Any) -> None:
@@ -193,7 +193,7 @@ def test_a_broken_route_fails_the_check_that_guards_against_it(
     if fault is last_first:
         indifferent(model)
     getattr(checks, check)(model)
-    monkeypatch.setattr(owner, name, lambda *given: fault(*given, sound=sound))
+    monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
     model.pool.signposts = None
     with pytest.raises(AssertionError):
         getattr(checks, check)(model)
