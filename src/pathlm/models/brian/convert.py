@@ -93,7 +93,8 @@ def wrap(
 ) -> BrianForCausalLM:
     """Return a plain decoder, ours or any Llama model, with `pool_blocks` of its blocks as a pool. Its logits are equal to the last bit.
 
-    The three numbers must add up to the decoder's blocks. `routing` are other fields of `BrianConfig`, such as `max_route_steps`.
+    The three numbers must add up to the decoder's blocks. `routing` are other fields of `BrianConfig`, such as `max_route_steps`. With
+    `route_top_k=2` the logits are equal only while one block is visited at a time (knobs with `top_k=1`): two are mixed otherwise.
     Raises `ValueError` when they do not, or when `source` has a pool already.
     """
     if isinstance(source, BrianForCausalLM | LlamaForCausalLM):
@@ -109,6 +110,10 @@ def wrap(
     if pre_blocks + pool_blocks + post_blocks != theirs.num_hidden_layers:
         said = f"pre_blocks={pre_blocks}, pool_blocks={pool_blocks}, post_blocks={post_blocks}"
         raise ValueError(f"{said}: must add up to the {theirs.num_hidden_layers} blocks of the model")
+    longest = routing.get("max_route_steps", pool_blocks)
+    if isinstance(longest, int) and 0 < longest < pool_blocks:
+        rule = f"must be at least pool_blocks={pool_blocks}, or the old path through them would be cut"
+        raise ValueError(f"max_route_steps={longest}: {rule}")
     config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
     if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
         source = _read(source, {}) if theirs.model_type == "llama" else BrianForCausalLM.from_pretrained(source)

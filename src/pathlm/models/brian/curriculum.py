@@ -191,7 +191,23 @@ def curriculum(
         rows = (STAGES[known.index(name)],)
     else:
         raise ValueError(f"curriculum={name!r}: there are {', '.join([*SHARES, 'fixed', *known])}")
-    return Curriculum(rows).with_knobs(knobs or {})
+    found = Curriculum(rows).with_knobs(knobs or {})
+    if pool and config is not None:
+        _check_fit(found, config)
+    return found
+
+
+def _check_fit(found: Curriculum, config: BrianConfig) -> None:
+    """Refuse knobs that this model cannot follow."""
+    assert config.min_route_steps is not None
+    lowest = config.min_route_steps / config.max_route_steps
+    for stage in found.stages:
+        for knobs in (stage.start, stage.end or stage.start):
+            if knobs.budget is not None and knobs.budget < lowest:
+                rule = f"no less than min_route_steps / max_route_steps = {lowest:g} is possible"
+                raise ValueError(f"knobs.{stage.name}.budget={knobs.budget}: {rule}")
+            if knobs.top_k is not None and not 1 <= knobs.top_k <= config.route_top_k:
+                raise ValueError(f"knobs.{stage.name}.top_k={knobs.top_k}: must lie in 1 … model.route_top_k={config.route_top_k}")
 
 
 def _known_stages(parts: Mapping[str, float]) -> Mapping[str, float]:

@@ -127,7 +127,7 @@ def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget:
     threshold = _pool(model).threshold(budget).to(score_M.dtype)
     total = sum(score_M[block - 1].exp() for block in allowed)
     free = step >= (model.config.min_route_steps or 1)
-    stays = 1 / (1 + torch.exp((threshold - gain) / model.pool.gain_scale)) if free else torch.ones_like(gain)
+    stays = 1 / (1 + torch.exp((threshold - gain) / _pool(model).gain_scale)) if free else torch.ones_like(gain)
     share = [score_M[block - 1].exp() / total if block in allowed else torch.zeros_like(gain) for block in range(1, len(score_M) + 1)]
     traveller.probability.append(torch.stack([*(stays * s for s in share), 1 - stays]))
     traveller.gain.append(gain)

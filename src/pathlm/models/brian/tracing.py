@@ -15,6 +15,12 @@ from pathlm.path import Path, Step
 # Shapes: B rows, T tokens, S blocks on the longest path, R route steps, A = pool blocks and OUT
 
 
+# The characters that byte-level tokenizers write bytes as: printable ones as themselves, the others from 256 on.
+_PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+"""The byte that a character of a byte-level token stands for."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """Which blocks every token visited, and in the pool what else it might have done."""
@@ -80,7 +86,7 @@ def paths(output: Any, tokenizer: Any) -> list[Path]:
     if trace is None:
         raise ValueError("trace=None: run the model with trace=True to have paths")
     ids = trace.input_ids[trace.present].tolist()
-    texts = {token: tokenizer.decode([token]) for token in set(ids)}
+    texts = {token: _text(tokenizer, token) for token in set(ids)}
     blocks, scores = trace.block_BTS[trace.present].tolist(), trace.score_BTS[trace.present].tolist()
     if trace.probability_BTRA is None:
         steps = [[Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True)] for route, sure in zip(blocks, scores, strict=True)]
@@ -91,6 +97,17 @@ def paths(output: Any, tokenizer: Any) -> list[Path]:
         Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)))
         for token, route, sure, second, chance in zip(ids, blocks, scores, seconds, chances, strict=True)
     ]
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    """Return a token's text; bytes that are no whole character are written as hexadecimal escapes, so that nothing is lost."""
+    text: str = tokenizer.decode([token])
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    symbols = tokenizer.convert_ids_to_tokens(token)
+    if not isinstance(symbols, str) or not set(symbols) <= BYTE_OF.keys():
+        return text
+    return bytes(BYTE_OF[symbol] for symbol in symbols).decode("utf-8", "backslashreplace")
 
 
 def _steps(blocks: list[int], scores: list[float], seconds: list[int], chances: list[list[float]], first: int) -> list[Step]:
