@@ -75,8 +75,8 @@ def test_a_route_that_differs_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 
     sound = RoutePool.scores
 
-    def rough(self: Any, h_ND: torch.Tensor, p_NP: torch.Tensor, step: int) -> Any:
-        return sound(self, h_ND.bfloat16().float() if len(h_ND) < 100 else h_ND, p_NP, step)
+    def rough(self: Any, h_ND: torch.Tensor, p_NP: torch.Tensor, step: int, **options: Any) -> Any:
+        return sound(self, h_ND.bfloat16().float() if len(h_ND) < 100 else h_ND, p_NP, step, **options)
 
     monkeypatch.setattr(RoutePool, "scores", rough)
     assert disagreements(CASES["top-1"], 20)[1] > 0
