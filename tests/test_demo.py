@@ -75,17 +75,23 @@ def test_overrides_concern_both_recipes_or_one(run):
     assert (result["training"].step, result["routing"].step) == (2, 5)
 
 
-def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
+def interrupt_step(monkeypatch, number):
+    """Press Ctrl-C in training step `number` of all steps from now on; return the list that grows with each step."""
     plain = loop.step
     calls = []
 
     def step(*arguments, **options):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == number:
             signal.raise_signal(signal.SIGINT)
         return plain(*arguments, **options)
 
     monkeypatch.setattr(loop, "step", step)
+    return calls
+
+
+def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
+    calls = interrupt_step(monkeypatch, 2)
     result, shown = run()
     assert result["exit_code"] == 130
     assert "repeat the command that began it" in shown
@@ -99,16 +105,7 @@ def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
 
 
 def test_stopped_by_ctrl_c_in_routing_it_continues_there(run, monkeypatch):
-    plain = loop.step
-    calls = []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 6:
-            signal.raise_signal(signal.SIGINT)
-        return plain(*arguments, **options)
-
-    monkeypatch.setattr(loop, "step", step)
+    interrupt_step(monkeypatch, 6)
     result, shown = run()
     assert result["exit_code"] == 130
     assert "repeat the command that began it" in shown

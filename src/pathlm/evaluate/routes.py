@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathlm.evaluate.checkpoint import check_budget
 from pathlm.evaluate.lm import LanguageScore, Window, choose, groups, reach, token_losses
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window
@@ -162,11 +163,8 @@ class _Watch:
 
 def check_budgets(model: Any, budgets: Sequence[float]) -> None:
     """Raise `ValueError` for the first budget that the model has not been trained for."""
-    pool = getattr(model, "pool", None)
     for budget in budgets:
-        if pool is None:
-            raise ValueError(f"budget={budget}: the model has no pool to leave early")
-        pool.check_budget(budget)
+        check_budget(model, budget)
 
 
 def budget_curve(model: Any, corpus: Any, split: str, budgets: Sequence[float], **options: Any) -> list[RouteScore]:

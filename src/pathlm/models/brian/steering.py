@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -21,19 +21,10 @@ _KNOWN = {field.name for field in fields(Knobs)}
 assert set(TAUGHT) <= _KNOWN
 
 
-@dataclass(frozen=True)
-class Steering:
-    """A plan, and what the losses need to know about it."""
-
-    plan: Plan
-    driven: bool
-    """Whether the router drives any token."""
-
-
 def steer(
     pool: RoutePool, knobs: Knobs | None, *, shape: tuple[int, int], input_ids: Tensor | None, target_N: Tensor | None,
     budget: float | None, training: bool, record: bool, depths: Tensor | None = None,
-) -> Steering:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Return the plan for a pass of B rows of T tokens.
 
     Without knobs the router drives every token and may let it leave. In training, shares of tokens and rows are drawn; in evaluation any
@@ -53,8 +44,7 @@ def steer(
         stays = None if knobs.exit_share > 0 or depth_N is not None else torch.ones(rows * tokens, dtype=torch.bool, device=device)
         teacher = None if driven else teacher_routes(pool, knobs, shape, input_ids, training=False)
         driven_N = None if driven else torch.zeros(rows * tokens, dtype=torch.bool, device=device)
-        plan = Plan(threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays, depth_N=depth_N, record=record)
-        return Steering(plan, driven)
+        return Plan(threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays, depth_N=depth_N, record=record)
     teacher = driven_N = watched = None
     if knobs.router_share < 1:
         teacher = teacher_routes(pool, knobs, shape, input_ids, training=True)
@@ -77,12 +67,11 @@ def steer(
         assert shortest is not None
         depth_N = torch.randint(shortest, longest + 1, (rows * tokens,), device=device)
         depth_N[torch.rand(rows * tokens, device=device) >= knobs.random_depth] = longest + 1
-    plan = Plan(
+    return Plan(
         threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
         random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched,
         attached=knobs.hindsight, listen=knobs.listen, record=record,
     )  # fmt: skip
-    return Steering(plan, knobs.router_share > 0)
 
 
 def teacher_routes(pool: RoutePool, knobs: Knobs, shape: tuple[int, int], input_ids: Tensor | None, *, training: bool) -> Tensor:

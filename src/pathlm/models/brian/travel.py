@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from pathlm.models.brian import exits, losses
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import PoolMemory
-from pathlm.models.brian.pool import PoolRun, Records, Surroundings
-from pathlm.models.brian.steering import TAUGHT, Steering, note_difficulty, steer
+from pathlm.models.brian.pool import Plan, PoolRun, Records, Surroundings
+from pathlm.models.brian.steering import TAUGHT, note_difficulty, steer
 from pathlm.models.brian.walk import suits, threshold_of, walk
 from pathlm.models.losses import IGNORE
 
@@ -33,7 +33,7 @@ class Journey:
     depths: Tensor | None = None
     """Route steps of every token (B, T), where these are not the router's choice"""
     records: Records = field(default_factory=Records)
-    steering: Steering | None = None
+    plan: Plan | None = None
     after_pool: list[Tensor] = field(default_factory=list)
     """Hidden states (B, T, D) that entered each block after the pool"""
     mask: Tensor | None = None
@@ -42,21 +42,22 @@ class Journey:
     @property
     def threshold(self) -> Tensor:
         """The gain below which tokens left, () or (N,)."""
-        assert self.steering is not None
-        return self.steering.plan.threshold
+        assert self.plan is not None
+        return self.plan.threshold
 
     def judged_now(self, target_N: Tensor) -> Tensor:
         """Return the targets without those of tokens that are judged in hindsight."""
-        later = self.steering is not None and self.steering.plan.attached and self.steering.plan.watched is not None
-        return target_N.index_fill(0, self._plan.watched, IGNORE) if later else target_N
+        if self.plan is None or not self.plan.attached or self.plan.watched is None:
+            return target_N
+        return target_N.index_fill(0, self.plan.watched, IGNORE)
 
     def lessons(self, model: Any, loss_N: Tensor, count: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of what the router is taught, and the metrics; in training also move biases, thresholds and tables.
 
         `count` is what the summed loss of the text is divided by.
         """
-        pool, knobs, plan = model.pool, self.knobs or Knobs(), self._plan
-        assert self.target_BT is not None
+        pool, knobs, plan = model.pool, self.knobs or Knobs(), self.plan
+        assert plan is not None and self.target_BT is not None
         batch, tokens = self.target_BT.shape
         present_N = torch.ones_like(loss_N, dtype=torch.bool)
         if self.segment_BS is not None:
@@ -96,11 +97,6 @@ class Journey:
             )
         return total + _touch(model), metrics
 
-    @property
-    def _plan(self) -> Any:
-        assert self.steering is not None
-        return self.steering.plan
-
     def _gain(self, model: Any, watched: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of the predicted gains of the watched tokens, the predictions, and the tokens' summed loss in hindsight."""
         assert self.target_BT is not None and self.rotary is not None
@@ -138,12 +134,12 @@ def travel(
         )
         return pool.leave(h_BTD, p_BTP)
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
-    journey.steering = steer(
+    journey.plan = steer(
         pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
-    run = PoolRun(pool, model.pool_blocks, Surroundings(rotary, mask, rows, recompute), journey.steering.plan)
+    run = PoolRun(pool, model.pool_blocks, Surroundings(rotary, mask, rows, recompute), journey.plan)
     h_BTD, p_BTP = run.run(h_BTD)
     journey.records = run.records
     return pool.leave(h_BTD, p_BTP)
