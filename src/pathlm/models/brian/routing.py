@@ -24,6 +24,8 @@ GAIN_SCALE = 0.1
 """Nats of gain that multiply the odds of leaving by e, until measured gains say otherwise."""
 BUDGETS = 33
 """Budgets for which a threshold is kept; between them it is interpolated."""
+NUMBERS = ("load_bias", "exit_threshold", "budgets_trained", "budget_default", "gain_scale", "difficulty_sum", "difficulty_count")
+"""Buffers of a pool that stay in at least float32, whatever the weights' precision: rounded, they would send tokens other ways."""
 
 
 class Router(nn.Module):
@@ -129,9 +131,15 @@ class RoutePool(nn.Module):
             self.register_buffer(name, start)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutePool:
-        """Move or convert, and forget what was derived from the tensors as they were."""
+        """Move or convert, numbers to no less than float32, and forget what was derived from the tensors as they were."""
         self.signposts = self.known_threshold = None
-        return super()._apply(fn, recurse)
+        before = {name: getattr(self, name) for name in NUMBERS}
+        super()._apply(fn, recurse)
+        for name, number in before.items():
+            now = getattr(self, name)
+            if now.dtype != (kept := torch.promote_types(now.dtype, torch.float32)):
+                setattr(self, name, number.to(now.device, kept))
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load weights, as part of a whole model's too, and forget what was derived from those before."""
@@ -139,16 +147,16 @@ class RoutePool(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _buffers_at_start(self) -> dict[str, Tensor]:
-        vocabulary = self.config.vocab_size
+        vocabulary, exact = self.config.vocab_size, torch.promote_types(torch.get_default_dtype(), torch.float32)
         return {
-            "load_bias": torch.zeros(self.config.pool_blocks),
-            "exit_threshold": torch.zeros(BUDGETS),
+            "load_bias": torch.zeros(self.config.pool_blocks, dtype=exact),
+            "exit_threshold": torch.zeros(BUDGETS, dtype=exact),
             # Low and high end of the budgets trained so far; none while low > high.
-            "budgets_trained": torch.tensor([2.0, -1.0]),
-            "budget_default": torch.tensor(1.0),
-            "gain_scale": torch.tensor(GAIN_SCALE),
-            "difficulty_sum": torch.zeros(vocabulary),
-            "difficulty_count": torch.zeros(vocabulary),
+            "budgets_trained": torch.tensor([2.0, -1.0], dtype=exact),
+            "budget_default": torch.tensor(1.0, dtype=exact),
+            "gain_scale": torch.tensor(GAIN_SCALE, dtype=exact),
+            "difficulty_sum": torch.zeros(vocabulary, dtype=exact),
+            "difficulty_count": torch.zeros(vocabulary, dtype=exact),
         }
 
     @torch.no_grad()
@@ -214,7 +222,7 @@ class RoutePool(nn.Module):
         low, high = self.budgets_trained.tolist()
         if low > high:
             raise ValueError(f"budget={budget}: this model has not been trained to leave the pool early, so it has one budget only")
-        if not low - 5e-3 <= budget <= 1:  # half-precision weights round
+        if not low - 1e-6 <= budget <= 1:  # float32 rounds what was trained
             raise ValueError(f"budget={budget}: must lie between {low:.3g} and 1, the budgets this model was trained for")
 
 

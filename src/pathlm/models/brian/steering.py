@@ -15,6 +15,8 @@ from pathlm.models.brian.routing import RoutePool
 # Shapes: B rows, T tokens, N = B · T, M pool blocks, R route steps, V vocabulary
 
 EASY, STRAIGHT, HARD = range(3)
+MOST_SEEN = 2.0**20
+"""Largest count in the table of losses by token: float32 adds single losses to sums of more than about 2²⁴ badly, or not at all."""
 TAUGHT = ("imitation", "balance", "selected_balance", "coverage", "cost", "location", "diversity", "exit", "exit_boundary", "z")
 """Losses beside that of the text."""
 _KNOWN = {field.name for field in fields(Knobs)}
@@ -120,8 +122,12 @@ def difficulty_class(pool: RoutePool) -> Tensor:
 
 @torch.no_grad()
 def note_difficulty(pool: RoutePool, input_ids: Tensor, target_BT: Tensor, loss_N: Tensor, *, rate: float) -> None:
-    """Let the table of mean losses by token forget a share `rate` and learn this batch."""
+    """Let the table of mean losses by token forget a share `rate` and learn this batch.
+
+    A table that has seen too much for its precision is scaled down as a whole: means and shares stay, the past counts less from then on.
+    """
+    scale = (1 - rate) * (MOST_SEEN / pool.difficulty_count.max().clamp(min=MOST_SEEN))
     counted_N = target_BT.flatten() >= 0
     ids = input_ids.flatten()[counted_N]
     for table, values in ((pool.difficulty_sum, loss_N[counted_N]), (pool.difficulty_count, torch.ones_like(loss_N[counted_N]))):
-        table.mul_(1 - rate).index_add_(0, ids, values.to(table.dtype))
+        table.mul_(scale).index_add_(0, ids, values.to(table.dtype))
