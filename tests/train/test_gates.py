@@ -43,11 +43,68 @@ def test_the_end_of_a_stage_is_measured_judged_and_saved(whole):
         (3, "warm", "validation/loss", loss[3], "<=", 3.0, True),
         (3, "warm", "validation/loss", loss[3], "<=", 2.0, False),
         (3, "warm", "validation/fake/heat", 1.0, ">=", 1.0, True),
-        (3, "warm", "validation/loss", loss[3], "<=", None, None),
+        (3, "warm", "validation/loss", loss[3], "<=", rows(whole)[3]["bound"], True),
         (8, "hot", "validation/loss", loss[8], "<=", loss[3] + 0.01, True),
         (8, "hot", "validation/none", None, ">=", 1.0, None),
     ]
     assert [row["reason"] for row in rows(whole)][:2] == ["it learns", "it learns much"]
+
+
+def measured_losses(monkeypatch) -> list[float]:
+    """What every validation finds, in order, whether it is written or not."""
+    found: list[float] = []
+    real = loop.validate
+
+    def watched(*args, **kwargs):
+        numbers = real(*args, **kwargs)
+        found.append(numbers["validation/loss"])
+        return numbers
+
+    monkeypatch.setattr(loop, "validate", watched)
+    return found
+
+
+def test_a_relative_gate_of_the_first_stage_compares_with_the_untrained_run(tmp_path, monkeypatch):
+    found = measured_losses(monkeypatch)
+    run = go(config(tmp_path), gates={"warm": (STEADY,)}).folder
+    assert len(found) == len([row for row in metrics(run) if "validation/loss" in row]) + 1
+    assert rows(run)[0]["bound"] == found[0] + 0.01 != found[2] + 0.01
+
+
+@pytest.mark.parametrize("heat", [0.1, 1.6])
+def test_a_relative_gate_compares_with_the_better_of_the_stage_before_and_its_own_first_knobs(tmp_path, monkeypatch, heat):
+    found = measured_losses(monkeypatch)
+    options = {"gates": "warn", "save_every": 100, "eval_every": 100, "knobs": {"hot.heat": heat}}
+    run = go(config(tmp_path, **options), gates={"hot": (STEADY,)}).folder
+    before, begun, _ = found
+    assert before != begun and rows(run)[0]["bound"] == min(before, begun) + 0.01
+
+
+def test_a_stage_that_was_begun_before_a_kill_compares_with_the_same_number(tmp_path, monkeypatch):
+    options = {"gates": {"warm": (STEADY,), "hot": (STEADY,)}}
+    whole = go(config(tmp_path / "whole", save_every=1), **options).folder
+    real = State.advance
+
+    def dies(state, *args):
+        real(state, *args)
+        if state.step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "advance", dies)
+        with pytest.raises(Killed):
+            go(config(tmp_path, save_every=1), **options)
+    again = go(config(tmp_path, save_every=1), resume=True, **options).folder
+    assert rows(again) == rows(whole)
+
+
+def test_a_failing_gate_that_only_warns_says_number_bound_and_what_to_try_once(tmp_path):
+    with (tmp_path / "said").open("w+") as file:
+        go(config(tmp_path, gates="warn"), gates={"warm": (LEARNS, HARD)}, console=Console(file=file, width=300, color_system=None))
+        file.seek(0)
+        (line,) = [line for line in file.read().splitlines() if "Try more steps" in line]
+    value = rows(tmp_path / "run")[1]["value"]
+    assert line == f"  FAILED: validation/loss is {value:.5g}, must be <= 2 (it learns much). To try: Try more steps."
 
 
 def test_a_failing_gate_stops_with_everything_a_person_needs_once_its_checkpoint_is_saved(tmp_path):
@@ -193,7 +250,7 @@ def test_the_terminal_shows_the_end_of_each_stage_and_what_its_gates_said(tmp_pa
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_the_gates_stops_the_run_with_advice(tmp_path):
     (tmp_path / "gates.jsonl").symlink_to("/dev/full")
-    tell = gates.reporter(tmp_path, print, steps=8)
+    tell = gates.reporter(tmp_path, print, steps=8, advise=False)
     verdict = gates.Verdict(3, "warm", LEARNS, 2.5, 3.0)
     with pytest.raises(RunError, match=r"gates\.jsonl could not be written at step 3.*--resume"):
         tell(State(step=3), Stage("warm", 3, None), [verdict])
@@ -229,6 +286,20 @@ def test_a_gate_compares_with_its_bound():
     assert Gate("x", "<=", 0.5, "").bound(2.0) == 0.5
     relative = Gate("x", "<=", 0.5, "", relative=True)
     assert (relative.bound(2.0), relative.bound(None)) == (2.5, None)
+    assert relative.better(2.0, 1.0) == relative.better(None, 1.0) == relative.better(float("nan"), 1.0) == 1.0
+    assert Gate("x", ">=", 0.5, "", relative=True).better(2.0, 1.0) == 2.0 and relative.better(None, None) is None
+
+
+def test_a_relative_gate_says_that_it_compares_with_the_start_of_the_stage():
+    assert str(gates.Verdict(8, "hot", STEADY, 2.5, 2.0)).startswith("validation/loss is 2.5, must be <= 2, +0.01 since the stage began (")
+    assert "must be <= +0.01 since the stage began, where nothing was measured" in str(gates.Verdict(8, "hot", STEADY, 2.5, None))
+
+
+def test_taking_over_may_cost_the_loss_next_to_nothing():
+    from pathlm.models.brian.curriculum import STAGES
+
+    (gate,) = [gate for stage in STAGES if stage.name == "hand-over" for gate in stage.gates if gate.metric == "validation/loss"]
+    assert gate.relative and gate.comparison == "<=" and 0 < gate.threshold <= 0.02
 
 
 def test_a_curriculum_knows_the_last_step_of_each_stage_but_the_last():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -19,13 +20,19 @@ class Gate:
     advice: str = ""
     """What to try when it does not hold."""
     relative: bool = False
-    """The bound is `threshold` above what the same metric was at the end of the stage before."""
+    """The bound is `threshold` above what the same metric was when the stage began: as the stage before left it, or with the knobs of this
+    stage's first step, whichever is better."""
 
     def bound(self, before: float | None) -> float | None:
         """Return the number to compare with, given the metric `before` this stage; None where a relative gate has none to start from."""
         if not self.relative:
             return self.threshold
         return None if before is None else before + self.threshold
+
+    def better(self, one: float | None, other: float | None) -> float | None:
+        """Return the value that is harder to live up to; what was not measured, or is no number, is no value."""
+        known = [value for value in (one, other) if value is not None and math.isfinite(value)]
+        return (min if self.comparison == "<=" else max)(known, default=None)
 
     def holds(self, value: float, bound: float) -> bool:
         """Compare one measured value with the bound. What is not a number never holds."""

@@ -50,11 +50,21 @@ class Verdict:
     def __str__(self) -> str:
         """Return the number, its bound and the reason, for a person."""
         value = "not measured" if self.value is None else f"{self.value:.5g}"
-        bound = f"{self.bound:.5g}" if self.bound is not None else f"the stage before {self.gate.threshold:+.5g}, which measured nothing"
+        bound = "" if self.bound is None else f"{self.bound:.5g}"
+        if self.gate.relative:
+            since = f"{self.gate.threshold:+.5g} since the stage began"
+            bound = f"{bound}, {since}" if bound else f"{since}, where nothing was measured"
         return f"{self.gate.metric} is {value}, must be {self.gate.comparison} {bound} ({self.gate.reason})"
 
 
 Tell = Callable[[State, Stage, Sequence[Verdict]], None]
+
+
+def begin(stage: Stage, measured: Mapping[str, float], state: State) -> None:
+    """Note in `state` what was measured before the first step of `stage` with that step's knobs: its relative gates compare with it."""
+    for gate in stage.gates:
+        if gate.relative and (value := gate.better(state.measured.get(gate.metric), measured.get(gate.metric))) is not None:
+            state.measured[gate.metric] = value
 
 
 def close(stage: Stage, measured: Mapping[str, float], state: State, *, more: bool, tell: Tell | None) -> None:
@@ -94,8 +104,11 @@ def check(state: State, curriculum: Any, config: RunConfig) -> None:
         )
 
 
-def reporter(run: Path, say: Callable[[str], None], *, steps: int) -> Tell:
-    """Return what says verdicts and appends them to `gates.jsonl` in the folder `run`, for a run of `steps`."""
+def reporter(run: Path, say: Callable[[str], None], *, steps: int, advise: bool) -> Tell:
+    """Return what says verdicts and appends them to `gates.jsonl` in the folder `run`, for a run of `steps`.
+
+    `advise` says what to try where a gate failed; a run that stops for it says so itself.
+    """
 
     def tell(state: State, stage: Stage, verdicts: Sequence[Verdict]) -> None:
         if verdicts:
@@ -107,7 +120,10 @@ def reporter(run: Path, say: Callable[[str], None], *, steps: int) -> Tell:
             say(f"stage {stage.name} ended at step {state.step}" + (f": {passed} of {len(verdicts)} gates passed" if verdicts else ""))
         for verdict in verdicts:
             word = {True: "passed", False: "FAILED", None: "not measured"}[verdict.passed]
-            say(f"  {word}: {verdict}")
+            said = f"  {word}: {verdict}"
+            if advise and verdict.passed is False and verdict.gate.advice:
+                said += f". To try: {verdict.gate.advice.rstrip('.')}."
+            say(said)
 
     return tell
 

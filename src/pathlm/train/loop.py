@@ -73,6 +73,8 @@ def train(
     called.train()
     ahead = batches.stream(rows, state.next_row, count, share, steps=config.steps - state.step, pin=acc.device.type == "cuda")
     with Interrupt() as interrupt, closing(ahead):
+        if not state.step:
+            _begin_stage(acc, called, validation, curriculum, config, state)
         clock.start()
         for batch in ahead:
             stage, knobs = curriculum.at(state.step)
@@ -95,6 +97,7 @@ def train(
                 _tell(sinks, state, stage, measured, model)
             if ended:
                 gates.close(stage, measured, state, more=curriculum.ends(state.step - 1), tell=tell_gates)
+                _begin_stage(acc, called, validation, curriculum, config, state)
             # Processes must agree when to stop: with several of them a signal counts once it went through a step's sum.
             stop = stop if acc.num_processes > 1 else interrupt.number
             if save or stop:
@@ -168,6 +171,14 @@ def _restored(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimiz
     folder = config.folder / "checkpoints"
     at = checkpoint.newest(folder)
     return State() if at is None else checkpoint.restore(acc, checkpoint.path(folder, at), model, optimizer, seed=config.seed)
+
+
+def _begin_stage(acc: Accelerator, model: nn.Module, rows: Any, curriculum: Any, config: RunConfig, state: State) -> None:
+    """Measure what the relative gates of the stage that begins with the next step will compare with, where it has any."""
+    stage, knobs = curriculum.at(state.step)
+    begins = not state.step or curriculum.ends(state.step - 1)
+    if begins and rows is not None and any(gate.relative for gate in stage.gates):
+        gates.begin(stage, validate(acc, model, rows, config, knobs), state)
 
 
 def _forward(acc: Accelerator, model: nn.Module, micro: Mapping[str, Tensor], knobs: Any) -> Any:

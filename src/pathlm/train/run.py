@@ -156,7 +156,7 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
             param_groups=job.param_groups,
             config=config,
             sinks=[stack.enter_context(sink) for sink in _sinks(config, console, at)] if acc.is_main_process else [],
-            tell_gates=gates.reporter(config.folder, partial(_say, console), steps=config.steps) if acc.is_main_process else None,
+            tell_gates=_gate_reporter(config, console) if acc.is_main_process else None,
         )
     _say(console, _farewell(config, result))
     return result
@@ -217,6 +217,10 @@ def _prepare_folder(config: RunConfig, job: Job, acc: Accelerator, found: dict[s
 def _sinks(config: RunConfig, console: Console, at: int) -> list[Any]:
     found = [sinks.jsonl(config.folder / "metrics.jsonl", config), sinks.screen(console, config, start=at)]
     return [*found, sinks.tensorboard(config.folder / "tensorboard", config, start=at)] if config.tensorboard else found
+
+
+def _gate_reporter(config: RunConfig, console: Console) -> gates.Tell:
+    return gates.reporter(config.folder, partial(_say, console), steps=config.steps, advise=config.gates == "warn")
 
 
 def _finished(config: RunConfig, curriculum: Any, at: int) -> RunResult:

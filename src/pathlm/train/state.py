@@ -25,7 +25,7 @@ class State:
     best_step: int | None = None
     last_validation: float | None = None
     measured: dict[str, float] = field(default_factory=dict)
-    """What an evaluation measured at the end of the last finished stage; relative gates compare with it."""
+    """What was measured when the present stage began; its relative gates compare with it."""
     failed: list[str] = field(default_factory=list)
     """What the gates said that failed at the end of a stage, if one ended with this very step."""
 
