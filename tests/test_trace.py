@@ -72,7 +72,7 @@ def test_the_command_prints_a_line_per_token_and_writes_the_paths(folder, tokeni
     assert any(step.rivals for path in written for step in path.steps)
     lengths = [1 + len(tokenizer.encode(text)) for text in TEXTS]
     assert [len(paths) for paths in expected] == lengths
-    assert len(re.findall(r"→ OUT +\d\.\d\d\d", done.stdout)) == sum(lengths)
+    assert len(re.findall(r"→ OUT → B\d +\d\.\d\d\d", done.stdout)) == sum(lengths)
     assert f"{sum(lengths)} paths written to" in " ".join(done.stdout.split())
     assert "[2/2]" in done.stdout
 
@@ -89,13 +89,36 @@ def test_a_smaller_budget_takes_fewer_steps_and_none_is_the_trained_one(tokenize
         counts = [trace.steps(path) for paths in trace.trace(model, tokenizer, TEXTS, budget=budget) for path in paths]
         return sum(counts) / len(counts)
 
-    assert mean(0.25) < mean(0.6) < mean(1.0) == 6
+    assert mean(0.25) < mean(0.6) < mean(1.0) == 4 == model.config.max_route_steps
     assert mean(None) == mean(model.pool.budget_default.item())
 
 
 def test_a_plain_decoder_has_paths_too_all_alike(tokenizer):
     (paths,) = trace.trace(routed(**PLAIN), tokenizer, ["The Union"])
-    assert {trace.route(path) for path in paths} == {"B1 … B7 → OUT"}
+    assert {trace.route(path) for path in paths} == {"B1 … B7"}
+    assert {(trace.steps(path), path.evaluations) for path in paths} == {(0, 7)}
+    assert "7.00 blocks run per token: 7.00 that nobody chooses, 0.00 on routes" in printed([paths])
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_route_steps_are_those_a_budget_counts_and_stand_before_out(tokenizer, top_k):
+    model = routed(route_top_k=top_k, pre_blocks=2, post_blocks=3)
+    row = [0, *tokenizer.encode("The people of the Union")]
+    (paths,) = trace.trace(model, tokenizer, ["The people of the Union"])
+    seen = model(torch.tensor([row]), trace=True, labels=torch.tensor([row]))
+    assert len({trace.steps(path) for path in paths}) > 1
+    for place, path in enumerate(paths):
+        nodes = [step.node for step in path.steps]
+        count = trace.steps(path)
+        assert nodes[:2] == ["block:1", "block:2"] and nodes[2 + count :] == ["exit", "block:7", "block:8", "block:9"]
+        assert [step.node for step in path.route] == nodes[2 : 2 + count] and path.first == 2
+        assert count == int((seen.trace.block_BTS[0, place, 2 : 2 + model.config.max_route_steps] > 0).sum())
+        assert path.evaluations == 5 + top_k * count
+    assert sum(map(trace.steps, paths)) / len(paths) == pytest.approx(seen.metrics["route/steps_mean"].item())
+    assert sum(path.evaluations for path in paths) / len(paths) == pytest.approx(seen.metrics["route/block_evaluations"].item())
+    shown = printed([paths])
+    assert f"{seen.metrics['route/steps_mean']:.2f} on average" in shown
+    assert f"{seen.metrics['route/block_evaluations']:.2f} blocks run per token: 5.00 that nobody chooses" in shown
 
 
 def test_texts_come_from_files_and_standard_input(folder, tmp_path):
@@ -139,6 +162,24 @@ def test_a_route_is_written_in_short(steps, expected):
 )
 def test_text_that_would_disturb_a_terminal_is_shown_as_signs(text, expected):
     assert trace.readable(text) == expected
+
+
+def test_neighbours_are_joined_within_the_route_and_around_it_but_not_across():
+    nodes = [*(f"block:{i}" for i in range(1, 11)), "exit", *(f"block:{i}" for i in range(11, 16))]
+    path = Path("brian", "x", tuple(Step(name, 1.0) for name in nodes), first=4)
+    assert trace.route(path) == "B1 … B4 → B5 … B10 → OUT → B11 … B15"
+    assert (trace.steps(path), path.evaluations) == (6, 15)
+    dim = printed([[path]], force_terminal=True, color_system="truecolor")
+    assert "\x1b[2mB1 … B4\x1b[0m → B5 … B10 → OUT → \x1b[2mB11 … B15" in dim
+
+
+def test_paths_keep_where_their_route_begins_as_json_lines(tmp_path):
+    path = Path("brian", "x", (Step("block:1", 1.0), Step("block:3+block:2", 0.5, (("exit", 0.5),)), Step("exit", 1.0)), first=1)
+    assert Path.from_json(path.to_json()) == path
+    old = path.to_json().replace(', "first": 1', "")
+    assert old != path.to_json() and Path.from_json(old).first == 0
+    with pytest.raises(ValueError, match="not a path record"):
+        Path.from_json(path.to_json().replace('"first": 1', '"first": 7'))
 
 
 def one(text, steps=2):

@@ -13,20 +13,37 @@ class Step:
     """One choice on a path: where the computation went, how sure it was, and what almost happened."""
 
     node: str
-    """`"block:3"`, `"exit"`, or the token `"cat"`."""
+    """`"block:3"`, `"block:3+block:5"` where two were visited at once, `"exit"`, or the token `"cat"`."""
     score: float
-    """Router probability, or share of the signal's energy."""
+    """Router probability, or share of the signal's energy; 1 where there was no choice."""
     rivals: tuple[tuple[str, float], ...] = ()
     """Other nodes with their scores, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """The steps one token (BRIAN) or one sentence (BriLLM) took."""
+    """The steps one token (BRIAN) or one sentence (BriLLM) took, in the order of the computation.
+
+    A BRIAN token visits the blocks before the pool, which nobody chooses, then those of its route, leaves the pool (`exit`), and visits the
+    blocks after the pool, which nobody chooses either. A plain decoder has no pool to leave: no `exit`, and an empty route.
+    """
 
     family: str
     text: str
     steps: tuple[Step, ...]
+    first: int = 0
+    """How many steps come before the route, so which one is its first."""
+
+    @property
+    def route(self) -> tuple[Step, ...]:
+        """The steps that were chosen: from `first` up to `exit`, or up to the end where there is none."""
+        nodes = [step.node for step in self.steps]
+        return self.steps[self.first : nodes.index("exit", self.first) if "exit" in nodes[self.first :] else None]
+
+    @property
+    def evaluations(self) -> int:
+        """How many blocks were run, before, in and after the route."""
+        return sum(part.startswith("block:") for step in self.steps for part in step.node.split("+"))
 
     def to_json(self) -> str:
         """Return the path as one line of JSON."""
@@ -38,7 +55,10 @@ class Path:
         try:
             row = json.loads(line)
             steps = tuple(Step(s["node"], float(s["score"]), tuple((str(n), float(e)) for n, e in s["rivals"])) for s in row["steps"])
-            return cls(str(row["family"]), str(row["text"]), steps)
+            path = cls(str(row["family"]), str(row["text"]), steps, int(row.get("first", 0)))
+            if not 0 <= path.first <= len(steps):
+                raise ValueError(f"first={path.first} of {len(steps)} steps")
+            return path
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a path record ({error!r}): {line[:80]!r}") from error
 

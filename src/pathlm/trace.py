@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model
 from pathlm.generate import context_of, encode_prompt
-from pathlm.path import Path, write_paths
+from pathlm.path import Path, Step, write_paths
 
 COLOURS = ("#8ecae6", "#b7e4c7", "#e9f5a5", "#ffe066", "#ffb870", "#ff8a80")
 """From few steps to many; dark text is readable on all of them."""
@@ -82,7 +82,7 @@ def trace(model: Any, tokenizer: Any, texts: Sequence[str], *, budget: float | N
 
 
 def show(found: Sequence[Sequence[Path]], console: Console) -> None:
-    """Print the paths of some texts: a line per token, and the text in the colours of its tokens' steps."""
+    """Print the paths of some texts: a line per token, and the text in the colours of its tokens' route steps."""
     scale = Scale([steps(path) for paths in found for path in paths])
     for number, paths in enumerate(found, start=1):
         if len(found) > 1:
@@ -92,10 +92,12 @@ def show(found: Sequence[Sequence[Path]], console: Console) -> None:
         console.print(sentence(paths, scale, coloured=console.color_system is not None and not console.no_color))
         console.print()
     console.print(scale.legend())
+    if told := cost([path for paths in found for path in paths]):
+        console.print(Text(told, "dim"))
 
 
 class Scale:
-    """Colours and bars for numbers of steps, from the fewest to the most of those given."""
+    """Colours and bars for numbers of route steps, from the fewest to the most of those given."""
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = counts
@@ -118,15 +120,29 @@ class Scale:
             share = sum(c == count for c in self.counts) / len(self.counts)
             shown.append(f" {count} ", self.style(count)).append(f" {share:.0%}  ")
         mean = sum(self.counts) / max(len(self.counts), 1)
-        return shown.append(f"steps before OUT; {mean:.2f} on average over {len(self.counts):,} tokens", "dim")
+        return shown.append(f"route steps; {mean:.2f} on average over {len(self.counts):,} tokens", "dim")
+
+
+def cost(paths: Sequence[Path]) -> str:
+    """Return how many blocks were run per token, those before and after the pool included."""
+    evaluations = [path.evaluations for path in paths]
+    if not any(evaluations):
+        return ""
+    fixed = [path.evaluations - sum(step.node.count("block:") for step in path.route) for path in paths]
+    mean, around = (sum(numbers) / len(paths) for numbers in (evaluations, fixed))
+    return f"{mean:.2f} blocks run per token: {around:.2f} that nobody chooses, {mean - around:.2f} on routes"
 
 
 def table(paths: Sequence[Path], scale: Scale | None = None) -> Table:
-    """Return a table with a line per token: its text, how many steps it took, its path, how likely that was, and what almost happened."""
+    """Return a table with a line per token: text, route steps, blocks run, path, how likely that was, and what almost happened.
+
+    Blocks that nobody chose, before and after the route, are dim.
+    """
     scale = scale or Scale([steps(path) for path in paths])
     shown = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     shown.add_column("token", no_wrap=True)
     shown.add_column("steps", no_wrap=True)
+    shown.add_column("blocks", justify="right", no_wrap=True)
     shown.add_column("path", overflow="fold")
     shown.add_column("p", justify="right", no_wrap=True)
     shown.add_column("almost", no_wrap=True)
@@ -137,12 +153,13 @@ def table(paths: Sequence[Path], scale: Scale | None = None) -> Table:
         rivals = [rival for step in path.steps for rival in step.rivals]
         node, score = max(rivals, key=lambda rival: rival[1], default=("", 0.0))
         almost = f"{label(node)} {score:.2f}" if node else ""
-        shown.add_row(Text(_fitted(path.text)), scale.bar(steps(path)), route(path), f"{probability:.3f}", Text(almost, style="dim"))
+        numbers = (scale.bar(steps(path)), str(path.evaluations or "–"), _shaded(path), f"{probability:.3f}")
+        shown.add_row(Text(_fitted(path.text)), *numbers, Text(almost, style="dim"))
     return shown
 
 
 def sentence(paths: Sequence[Path], scale: Scale | None = None, *, coloured: bool = True) -> Text:
-    """Return the text of some tokens, each in the colour of its steps, or with their number behind it."""
+    """Return the text of some tokens, each in the colour of its route steps, or with their number behind it."""
     scale = scale or Scale([steps(path) for path in paths])
     text = Text()
     for path in paths:
@@ -156,13 +173,31 @@ def sentence(paths: Sequence[Path], scale: Scale | None = None, *, coloured: boo
 
 
 def steps(path: Path) -> int:
-    """Return how many steps a path has before its exit."""
-    return sum(step.node != "exit" for step in path.steps)
+    """Return how many route steps a path has: those that a budget counts, without the blocks before and after the pool."""
+    return len(path.route)
 
 
 def route(path: Path) -> str:
-    """Return a path in short, such as `B1 → B3 → B3 → OUT`; four and more neighbours in a row as `B1 … B8`."""
-    names = [label(step.node) for step in path.steps]
+    """Return a whole path in short, such as `B1 → B3 → B3 → OUT → B8`; four and more neighbours in a row as `B1 … B4`."""
+    return " → ".join(part for part in _parts(path) if part)
+
+
+def _parts(path: Path) -> tuple[str, str, str]:
+    """Return what is before the route, the route with its exit, and what comes after."""
+    end = path.first + len(path.route)
+    end += end < len(path.steps) and path.steps[end].node == "exit"
+    before, chosen, after = path.steps[: path.first], path.steps[path.first : end], path.steps[end:]
+    return _shortened(before), _shortened(chosen), _shortened(after)
+
+
+def _shaded(path: Path) -> Text:
+    """Return a whole path in short, dim where nobody chose."""
+    styles = ("dim", "", "dim")
+    return Text(" → ").join(Text(part, style) for part, style in zip(_parts(path), styles, strict=True) if part)
+
+
+def _shortened(steps: Sequence[Step]) -> str:
+    names = [label(step.node) for step in steps]
     numbers = [int(name[1:]) if name[1:].isdigit() and name.startswith("B") else None for name in names]
     parts, place = [], 0
     while place < len(names):

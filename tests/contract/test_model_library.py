@@ -238,7 +238,8 @@ def test_every_token_of_a_plain_decoder_takes_the_same_path() -> None:
     out = model(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), trace=True)
     found = paths(out, Letters())
     assert [p.text for p in found] == ["a", "b", "c", "d", "e"]
-    assert {tuple(step.node for step in p.steps) for p in found} == {("block:1", "block:2", "exit")}
+    assert {tuple(step.node for step in p.steps) for p in found} == {("block:1", "block:2")}
+    assert {(p.first, p.route, p.evaluations) for p in found} == {(2, (), 2)}
     with pytest.raises(ValueError, match="trace=True"):
         paths(model(ids), Letters())
 

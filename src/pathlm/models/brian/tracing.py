@@ -79,8 +79,9 @@ class Trace:
 def paths(output: Any, tokenizer: Any) -> list[Path]:
     """Return one path per token that is not padding, row by row. `output` is a forward pass with `trace=True`.
 
-    A path ends with `exit`: its score is p(OUT) where the token left the pool by choice, and 1 where its steps were used up. Where two
-    blocks were visited in one step, the step is named `block:3+block:5`, the better one first.
+    Steps stand in the order of the computation: blocks before the pool, the route, `exit`, blocks after the pool. The score of `exit` is
+    p(OUT) where the token left by choice, and 1 where its steps were used up. Where two blocks were visited in one step, the step is named
+    `block:3+block:5`, the better one first. A plain decoder has no pool to leave: its paths are its blocks, none of them chosen.
     """
     trace: Trace | None = output.trace
     if trace is None:
@@ -90,11 +91,11 @@ def paths(output: Any, tokenizer: Any) -> list[Path]:
     blocks, scores = trace.block_BTS[trace.present].tolist(), trace.score_BTS[trace.present].tolist()
     if trace.probability_BTRA is None:
         steps = [[Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True)] for route, sure in zip(blocks, scores, strict=True)]
-        return [Path("brian", texts[token], (*route, Step("exit", 1.0))) for token, route in zip(ids, steps, strict=True)]
+        return [Path("brian", texts[token], tuple(route), first=len(route)) for token, route in zip(ids, steps, strict=True)]
     assert trace.second_BTR is not None
     seconds, chances = trace.second_BTR[trace.present].tolist(), trace.probability_BTRA[trace.present].tolist()
     return [
-        Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)))
+        Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)), first=trace.first_route_step)
         for token, route, sure, second, chance in zip(ids, blocks, scores, seconds, chances, strict=True)
     ]
 
@@ -111,7 +112,7 @@ def _text(tokenizer: Any, token: int) -> str:
 
 
 def _steps(blocks: list[int], scores: list[float], seconds: list[int], chances: list[list[float]], first: int) -> list[Step]:
-    """Return one token's steps in the order of its computation; the choice to leave stands where it was made."""
+    """Return one token's steps in the order of its computation; leaving the pool stands between the route and the blocks after it."""
     last = first + len(chances)
     ordinary = [Step(f"block:{b}", s) for b, s in zip(blocks, scores, strict=True)]
     steps, out = ordinary[:first], Step("exit", 1.0)
@@ -125,4 +126,4 @@ def _steps(blocks: list[int], scores: list[float], seconds: list[int], chances: 
             break
         both = chance[block - first - 1] + (chance[second - first - 1] if second else 0.0)
         steps.append(Step(f"block:{block}+block:{second}" if second else f"block:{block}", both, rivals))
-    return [*steps, *ordinary[last:], out]
+    return [*steps, out, *ordinary[last:]]
