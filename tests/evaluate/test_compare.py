@@ -16,6 +16,7 @@ from pathlm.evaluate import compare, run
 from pathlm.evaluate.lm import score
 from pathlm.evaluate.ngram import KneserNey
 from pathlm.evaluate.records import read_token_losses
+from pathlm.evaluate.routes import route_table
 from pathlm.text.corpus import Corpus
 from pathlm.text.prepare import prepare, prepare_config
 
@@ -156,6 +157,46 @@ def test_a_routed_run_is_measured_at_a_budget_beside_its_result_without_one(trai
     for budget, message in ((0.1, "budget=0.1: must lie between 0.25 and 1"), (1.2, "budget=1.2: must lie above 0 and at most at 1")):
         with pytest.raises(ValueError, match=message):
             run(trained, order=1, budget=budget)
+
+
+def routed_run(trained, corpus, **options):
+    sizes = {"max_position_embeddings": 32, "hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.3}
+    model = build(preset("brian-tiny", vocab_size=corpus.vocab_size, **sizes | options)).eval()
+    scatter(model)
+    model.save_pretrained(trained / "checkpoints" / "step-00000001")
+    return model
+
+
+@pytest.mark.parametrize(("budget", "options"), [(None, {}), (0.3, {"route_top_k": 2}), (1.0, {"max_route_steps": 6})])
+def test_a_routed_run_says_what_it_computed_for_its_loss(trained, corpus, budget, options):
+    model = routed_run(trained, corpus, **options)
+    screen = io.StringIO()
+    result = run(trained, order=1, budget=budget, records=trained / "losses", console=Console(file=screen, width=200))
+    expected = route_table(model, corpus, context=24, budget=budget)
+    found, most = result["routes"], model.config.max_route_steps
+    assert found["steps_mean"] == pytest.approx(expected.steps.mean())
+    assert found["block_evaluations"] == pytest.approx(expected.evaluations.mean()) == 2 + found["steps_mean"] * model.config.route_top_k
+    assert found["blocks_share"] == pytest.approx(found["block_evaluations"] / 6)
+    assert found["steps_share"] == pytest.approx(found["steps_mean"] / most)
+    assert budget != 1.0 or found["steps_mean"] == most
+    line = (
+        f"route steps {found['steps_mean']:.2f} of {most} ({found['steps_share']:.0%}), "
+        f"{found['block_evaluations']:.2f} blocks run per token, {found['blocks_share']:.0%} of the model's 6"
+    )
+    assert line in screen.getvalue()
+    name = "validation" if budget is None else f"validation, budget {budget:g}"
+    assert json.loads((trained / "eval.json").read_text())[name]["routes"] == found
+    kept = read_token_losses(trained / "losses")
+    kept.check(corpus)
+    assert kept.loss.mean(dtype=np.float64) == pytest.approx(result["model"]["loss"], rel=1e-6)
+    assert kept.header["budget"] == budget and kept.header["split"] == "validation" and kept.header["unit"] == "nats"
+    assert (kept.header["context"], kept.header["stride"]) == (24, 12)
+
+
+def test_a_plain_run_says_nothing_of_routes(trained):
+    screen = io.StringIO()
+    assert run(trained, order=0, console=Console(file=screen, width=200))["routes"] is None
+    assert "route" not in screen.getvalue()
 
 
 def test_a_plain_decoder_is_not_measured_at_a_budget(trained):

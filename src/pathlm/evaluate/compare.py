@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from rich.table import Table
 from pathlm.evaluate.checkpoint import find_checkpoint, open_model, run_folder, run_record
 from pathlm.evaluate.lm import LanguageScore, choose, reach, score
 from pathlm.evaluate.ngram import KneserNey
+from pathlm.evaluate.routes import route_table
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens the n-grams are counted on at most, the first whole documents: counting takes about 300 bytes of memory a token."""
@@ -60,7 +63,7 @@ def run(
         console: Where progress and the table appear; nothing is printed without one.
 
     Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name, behind it
-    the budget where there is one.
+    the budget where there is one. For a model with a pool `routes` tells what it computed: route steps, blocks run, and their shares.
 
     Raises `ValueError` for options out of range, for a folder without a model, a missing corpus, a tokenizer other than the corpus's, and
     a budget that the model was not trained for.
@@ -87,19 +90,42 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "ngrams": _ngrams(data, split, chosen, order=order, console=console),
     }
+    options = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
     with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
-        mine = score(
-            model, data, split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
-            records=records, progress=advance,
-        )  # fmt: skip
-    result["model"] = mine.to_dict()
+        mine, routes = _measured(model, data, split, budget=budget, records=records, progress=advance, **options)
+    result |= {"model": mine.to_dict(), "routes": routes}
     file = note_result(run_folder(model_folder) / "eval.json", split if budget is None else f"{split}, budget {budget:g}", result)
     if console is not None:
         console.print(table(result, name=_name(model_folder, place) + ("" if budget is None else f", budget {budget:g}")))
+        if routes is not None:
+            console.print(computed(routes), highlight=False, soft_wrap=True)
         console.print(
             f"context {context}, stride {stride}, {mine.seconds:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True
         )
     return result
+
+
+def _measured(
+    model: Any, corpus: Any, split: str, *, budget: float | None, records: Path | str | None, **options: Any
+) -> tuple[LanguageScore, dict[str, Any] | None]:
+    """Return what the model lost, and for one with a pool what it computed for that."""
+    if getattr(model, "pool", None) is None:
+        return score(model, corpus, split, records=records, **options), None
+    begun = time.perf_counter()
+    found = route_table(model, corpus, split, budget=budget, **options)
+    if records is not None:
+        found.losses().write(records)
+    whole, most = asdict(found.score()), {"max_route_steps": model.config.max_route_steps, "blocks": model.config.num_hidden_layers}
+    routes = most | {name: whole[name] for name in ("steps_mean", "steps_share", "block_evaluations", "blocks_share", "histogram")}
+    return found.language(seconds=time.perf_counter() - begun), routes
+
+
+def computed(routes: dict[str, Any]) -> str:
+    """Return in a line what a routed model computed: route steps, blocks, and their shares."""
+    return (
+        f"route steps {routes['steps_mean']:.2f} of {routes['max_route_steps']} ({routes['steps_share']:.0%}), "
+        f"{routes['block_evaluations']:.2f} blocks run per token, {routes['blocks_share']:.0%} of the model's {routes['blocks']}"
+    )
 
 
 def table(result: dict[str, Any], *, name: str = "model") -> Table:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pathlm.evaluate.checkpoint import check_budget
 from pathlm.evaluate.lm import LanguageScore, Window, choose, groups, reach, token_losses
+from pathlm.evaluate.records import FORMAT, TokenLosses
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window
 
@@ -43,20 +44,31 @@ class RouteRecords:
     evaluations: np.ndarray
     """int16: blocks run for it, before, in and after the pool"""
     header: dict[str, Any]
-    """What was measured: split, context, stride, budget, most route steps, bytes of the documents."""
+    """What was measured: split, context, stride, budget, most route steps, blocks of the model, bytes of the documents."""
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def score(self) -> RouteScore:
         """Sum up."""
-        documents, most = len(np.unique(self.document)), self.header["max_route_steps"]
-        whole = LanguageScore.of(float(self.loss.sum(dtype=np.float64)), tokens=len(self), size=self.header["bytes"], documents=documents)
-        mean = float(self.steps.mean())
+        whole, most = self.language(), self.header["max_route_steps"]
+        mean, evaluations = float(self.steps.mean()), float(self.evaluations.mean())
         return RouteScore(
-            self.header["budget"], whole.loss, whole.bits_per_byte, mean, mean / most if most else 0.0, float(self.evaluations.mean()),
-            (np.bincount(self.steps, minlength=most + 1) / len(self)).tolist(), len(self), documents,
+            self.header["budget"], whole.loss, whole.bits_per_byte, mean, mean / most if most else 0.0, evaluations,
+            (np.bincount(self.steps, minlength=most + 1) / len(self)).tolist(), len(self), whole.documents,
+            evaluations / self.header["blocks"],
         )  # fmt: skip
+
+    def language(self, **others: Any) -> LanguageScore:
+        """Sum up the losses alone, as `evaluate.lm.score` does; `others` are fields of the score that are not known here."""
+        nats, documents = float(self.loss.sum(dtype=np.float64)), len(np.unique(self.document))
+        where = {name: self.header[name] for name in ("context", "stride")}
+        return LanguageScore.of(nats, tokens=len(self), size=self.header["bytes"], documents=documents, **where | others)
+
+    def losses(self) -> TokenLosses:
+        """Return the losses as records of the tokens that were predicted."""
+        header = {"format": FORMAT, "unit": "nats"} | self.header
+        return TokenLosses(self.document, self.position + 1, self.following, self.loss, header)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class RouteScore:
     """Share of tokens that took 0, 1, 2 … route steps"""
     tokens: int
     documents: int
+    blocks_share: float
+    """Blocks run per token as a share of the blocks that the model holds; more than 1 where they are visited again and again"""
 
 
 def route_table(
@@ -124,6 +138,7 @@ def route_table(
     }
     header = {"split": split, "corpus": corpus.manifest["digest"], "context": context, "stride": stride, "budget": budget}
     header |= {"max_route_steps": getattr(model.config, "max_route_steps", 0), "bytes": sum(record.bytes for record in chosen)}
+    header |= {"blocks": model.config.num_hidden_layers, "model": model.config.name_or_path}
     return RouteRecords(**columns, header=header)
 
 
