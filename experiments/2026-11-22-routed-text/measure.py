@@ -24,7 +24,7 @@ def main(runs: Path, corpus: Path, tokens: int) -> None:
             runs / f"routed-{seed}",
             corpus,
             "test",
-            plain=runs / f"plain6-{(seed + 1) % 3}",
+            against=runs / f"plain6-{(seed + 1) % 3}",
             budget=0.625,
             budgets=BUDGETS,
             max_tokens=tokens,

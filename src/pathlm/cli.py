@@ -122,10 +122,25 @@ def eval_(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="With --lm-eval: the first so many questions.")] = None,
     fewshot: Annotated[int | None, typer.Option(help="With --lm-eval: solved examples before each question.")] = None,
+    routes: Annotated[
+        bool, typer.Option("--routes", help="Measure the routes of a routed model instead: budgets, controls, depth.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(metavar="FOLDER", help="With --routes: a plain model, or its --records.")] = None,
+    budgets: Annotated[str | None, typer.Option(metavar="B,B,…", help="With --routes: budgets of the curve, e.g. 0.4,0.7,1.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="With --routes: draw loss and computation by budget.")] = None,
     budget: Budget = None,
     device: Device = None,
 ) -> None:
-    """Measure a model on whole documents, beside n-grams counted on the same text; or on lm-eval tasks."""
+    """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or on lm-eval tasks."""
+    _check_eval(routes, tasks, {"--against": against, "--budgets": budgets, "--plot": plot}, {"--records": records})
+    if routes:
+        from pathlm.evaluate import routing
+
+        routing.run(
+            model_folder, corpus, split, against=against, budget=budget, budgets=_numbers("budgets", budgets), context=context,
+            stride=stride, max_documents=max_documents, max_tokens=max_tokens, plot=plot, device=device, console=Console(),
+        )  # fmt: skip
+        return
     if tasks:
         from pathlm.evaluate import harness
 
@@ -232,6 +247,23 @@ def bench(
     from pathlm.bench import bench as body
 
     body(name, arguments or [], console=Console())
+
+
+def _check_eval(routes: bool, tasks: list[str] | None, of_routes: dict[str, Any], of_text: dict[str, Any]) -> None:
+    """Refuse options of `pathlm eval` that the kind of evaluation would not look at."""
+    if routes and tasks:
+        raise ValueError(f"--lm-eval {tasks[0]}: measures answers, --routes measures text; give one of them")
+    for name, value in (of_text if routes else of_routes).items():
+        if value is not None:
+            raise ValueError(f"{name} {value}: {'does not go with' if routes else 'needs'} --routes")
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    """Read `0.4,0.7,1`."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be numbers with commas between, such as 0.4,0.7,1") from None
 
 
 def _one_line(error: BaseException) -> str:

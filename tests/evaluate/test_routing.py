@@ -13,6 +13,7 @@ from pathlm import build, preset
 from pathlm.evaluate import routing
 from pathlm.evaluate.controls import PASSES, controls, frequency_depths, random_depths, static_depths, token_frequency
 from pathlm.evaluate.lm import score, token_losses
+from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import TokenLosses
 from pathlm.evaluate.routes import budget_curve, route_table
 from pathlm.evaluate.routing import aligned, difficulty_depth
@@ -257,7 +258,7 @@ def prepared(tmp_path_factory):
 
 
 def test_a_run_writes_everything_beside_its_evaluation(prepared):
-    options = {"plain": prepared / "plain", "draws": 20, "max_documents": 6, "device": "cpu"}
+    options = {"against": prepared / "plain", "draws": 20, "max_documents": 6, "device": "cpu"}
     result = routing.run(prepared / "routed", prepared / "corpus", "train", **options)
     assert result == json.loads((prepared / "routed" / "routes.json").read_text())["train"]
     assert [point["budget"] for point in result["budgets"]] == pytest.approx([0.4, 0.55, 0.7, 0.85, 1.0])
@@ -274,13 +275,127 @@ def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prep
     corpus, losses = prepared / "corpus", prepared / "losses.safetensors"
     evaluate(prepared / "plain", corpus, split="train", max_documents=6, order=0, records=losses, device="cpu")
     options = {"draws": 20, "max_documents": 6, "budgets": (0.5,), "device": "cpu"}
-    from_file = routing.run(prepared / "routed", corpus, "train", plain=losses, console=Console(width=200), **options)
-    from_model = routing.run(prepared / "routed", corpus, "train", plain=prepared / "plain", **options)
+    from_file = routing.run(prepared / "routed", corpus, "train", against=losses, console=Console(width=200), **options)
+    from_model = routing.run(prepared / "routed", corpus, "train", against=prepared / "plain", **options)
     assert from_file["difficulty"] == from_model["difficulty"]
     shown = capsys.readouterr().out
-    assert "partial spearman" in shown and "frequent deep" in shown and "budget 0.5" in shown
+    for part in ("with the measured gain", "with the plain model's loss", "position held fixed", "frequent deep", "budget 0.5", "of all"):
+        assert part in shown
     with pytest.raises(ValueError, match="another corpus or split"):
-        routing.run(prepared / "routed", corpus, "validation", plain=losses, **options)
+        routing.run(prepared / "routed", corpus, "validation", against=losses, **options)
+
+
+def test_gain_is_the_loss_at_the_fewest_steps_minus_that_at_all_of_them(model, corpus, records):
+    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
+    found = routing.measured_gain(model, corpus, "validation", records, frequency, draws=50, context=16)
+    early, late = (route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS))
+    assert (found["shortest"]["steps_mean"], found["deepest"]["steps_mean"]) == (1, STEPS)
+    assert found["mean"]["value"] == pytest.approx(float((early.loss - late.loss).mean(dtype=np.float64)), abs=1e-6)
+    expected = difficulty_depth(records, early.loss - late.loss, frequency, draws=50)
+    assert found["correlations"] == {name: estimate.to_dict() for name, estimate in expected.items()}
+    assert (
+        found["correlations"]["spearman"]["low"] <= found["correlations"]["spearman"]["value"] <= found["correlations"]["spearman"]["high"]
+    )
+
+
+def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(model, corpus, records):
+    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
+    early, late = (route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS))
+    by_gain = np.empty_like(records.steps)
+    by_gain[np.argsort(early.loss - late.loss)] = np.sort(records.steps)
+    fields = {name: getattr(records, name) for name in ("document", "position", "token", "following", "loss", "evaluations", "header")}
+    dealt = type(records)(**fields, steps=by_gain)
+    found = routing.measured_gain(model, corpus, "validation", dealt, frequency, draws=50, context=16)
+    assert found["correlations"]["spearman"]["low"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": (0.5, 0.2)}, r"budget=0\.2: must lie between 0\.4 and 1"),
+        ({"budgets": (0.5, 3.0)}, r"budget=3\.0: must lie above 0 and at most at 1"),
+        ({"budget": 0.1}, r"budget=0\.1: must lie between 0\.4 and 1"),
+        ({"max_documents": 1}, "documents=1: an interval over documents needs at least 2"),
+        ({"draws": 0}, "draws=0"),
+        ({"context": 99}, "context=99: must lie between 1 and"),
+        ({"split": "nowhere"}, "split='nowhere'"),
+        ({"against": "no/such/model"}, "'no/such/model' does not exist"),
+        ({"plot": "no/such/folder/curve.svg"}, "the folder 'no/such/folder' does not exist"),
+        ({"against": "losses of fewer"}, r"against=.*holds losses of \d+ tokens, routes are measured on \d+"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(prepared, options, message, monkeypatch):
+    from pathlm.evaluate import run as evaluate
+
+    if options.get("against") == "losses of fewer":
+        options = {"against": prepared / "fewer.safetensors"}
+        evaluate(prepared / "plain", prepared / "corpus", split="train", max_documents=2, order=0, records=options["against"], device="cpu")
+    monkeypatch.setattr(routing, "route_table", None)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        routing.run(prepared / "routed", prepared / "corpus", **{"split": "train", "device": "cpu"} | options)
+
+
+def test_the_command_measures_routes_and_draws_the_curve(prepared, tmp_path):
+    from typer.testing import CliRunner
+
+    from pathlm.cli import app
+
+    def command(*arguments):
+        return CliRunner().invoke(app, ["eval", *map(str, arguments)], prog_name="pathlm")
+
+    file = tmp_path / "curve.svg"
+    text = ("--corpus", prepared / "corpus", "--split", "train", "--max-documents", 3, "--device", "cpu")
+    done = command(prepared / "routed", *text, "--routes", "--against", prepared / "plain", "--budgets", "0.4,1", "--plot", file)
+    assert done.exit_code == 0, done.stderr
+    result = json.loads((prepared / "routed" / "routes.json").read_text())["train"]
+    assert [point["budget"] for point in result["budgets"]] == [0.4, 1.0] and result["plain"]["checkpoint"] == str(prepared / "plain")
+    for number in (result["routed"]["loss"], result["budgets"][0]["loss"], result["controls"]["random"]["loss"], result["plain"]["loss"]):
+        assert f"{number:.4f}" in done.stdout
+    assert file.read_text() == budget_svg(result)
+    for arguments, message in (
+        ((prepared / "routed", *text, "--plot", file), "needs --routes"),
+        ((prepared / "routed", *text, "--budgets", "0.4"), "--budgets 0.4: needs --routes"),
+        ((prepared / "routed", *text, "--routes", "--budgets", "0.4;1"), "budgets='0.4;1': must be numbers with commas between"),
+        ((prepared / "routed", *text, "--routes", "--records", file), "does not go with --routes"),
+        ((prepared / "routed", *text, "--routes", "--lm-eval", "hellaswag"), "--lm-eval hellaswag"),
+    ):
+        refused = command(*arguments)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())
+
+
+def drawing(*, plain=True, curve=True):
+    """A result with numbers that could have been measured."""
+    point = {"block_evaluations": 4.0, "loss": 2.5}
+    budgets = [point | {"budget": b, "loss": 2.6 - 0.2 * b, "block_evaluations": 2 + 4 * b} for b in (0.25, 0.5, 1.0)]
+    rules = {name: point | {"loss": 2.55 + i / 100} for i, name in enumerate(("random", "static", "frequency"))}
+    return {
+        "split": "a <b> & c", "routed": point, "budgets": budgets if curve else [], "controls": rules,
+        "plain": {"loss": 2.3} if plain else None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("curve", [True, False])
+def test_the_curve_is_a_well_formed_picture_with_everything_inside(plain, curve):
+    from xml.etree import ElementTree
+
+    root = ElementTree.fromstring(budget_svg(drawing(plain=plain, curve=curve)))
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a <b> & c: loss and computation by budget", "blocks run per token", "loss, nats per token", "routed: 2.500"} <= set(texts)
+    assert ("plain model: 2.300" in texts) == plain and ("0.25" in texts) == curve
+    circles = [(float(node.get("cx")), float(node.get("cy"))) for node in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(circles) == 4 + 4 + 4 * curve and all(0 < x < 760 and 0 < y < 460 for x, y in circles)
+    if curve:
+        (line,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+        places = [tuple(map(float, place.split(","))) for place in line.get("points").split()]
+        assert places == sorted(places) and [y for _, y in places] == sorted(y for _, y in places), "right: more blocks; up: more loss"
+
+
+def test_a_curve_of_equal_numbers_can_be_drawn():
+    result = drawing(plain=False, curve=False)
+    result["controls"] = dict.fromkeys(result["controls"], result["routed"])
+    assert "nan" not in budget_svg(result)
 
 
 def test_a_plain_model_in_the_place_of_the_routed_one_is_refused(prepared):
@@ -303,7 +418,7 @@ def test_the_progress_bar_reaches_its_end(prepared, monkeypatch):
 
     monkeypatch.setattr(routing, "bar", Bar)
     result = routing.run(prepared / "routed", prepared / "corpus", "train", budgets=(0.5, 1.0), draws=2, max_documents=3, device="cpu")
-    assert sum(moved) == totals[0] == (1 + 2 + PASSES) * result["routed"]["tokens"]
+    assert sum(moved) == totals[0] == (1 + 2 + 2 + PASSES) * result["routed"]["tokens"]
 
 
 def test_documents_read_in_several_groups_give_the_same_rows(model, corpus, records, monkeypatch):

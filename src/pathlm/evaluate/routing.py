@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pathlm.evaluate.checkpoint import find_checkpoint, open_model, run_folder, run_record
+from pathlm.evaluate.checkpoint import check_share, find_checkpoint, open_model, run_folder, run_record
 from pathlm.evaluate.compare import bar, check_vocabulary, corpus_folder, note_result
 from pathlm.evaluate.controls import PASSES, controls, token_frequency
-from pathlm.evaluate.correlation import DRAWS, Estimate, Pair, correlations, mean_with_interval
+from pathlm.evaluate.correlation import DRAWS, Estimate, Pair, correlations, mean_with_interval, resampled
 from pathlm.evaluate.lm import LanguageScore, choose, reach, score
+from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import TokenLosses, read_token_losses
 from pathlm.evaluate.routes import RouteRecords, budget_curve, check_budgets, route_table
 
@@ -75,12 +76,41 @@ def aligned(records: RouteRecords, plain: TokenLosses | np.ndarray) -> np.ndarra
     return plain
 
 
+def measured_gain(
+    model: Any,
+    corpus: Any,
+    split: str,
+    records: RouteRecords,
+    frequency_V: np.ndarray,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Correlate the steps of tokens with what depth is worth there: the loss if all leave as early as they may minus that at full depth.
+
+    Depth is taught by gain, not by loss: a token may be hard and yet have nothing to gain. This gain is of all steps for everybody at once,
+    in two passes, while training measures one token's own and leaves the others as they were. Correlations are those of `difficulty_depth`;
+    `options` are those of `route_table`, as they were for `records`.
+    """
+    fewest, most = model.pool.steps_possible
+    early, late = (route_table(model, corpus, split, depths=np.full_like(records.steps, depth), **options) for depth in (fewest, most))
+    gain_N = early.loss - late.loss
+    found = difficulty_depth(records, gain_N, frequency_V, draws=draws, seed=seed)
+    return {
+        "shortest": asdict(early.score()),
+        "deepest": asdict(late.score()),
+        "mean": mean_with_interval(gain_N, records.document, draws=draws, seed=seed).to_dict(),
+        "correlations": {name: estimate.to_dict() for name, estimate in found.items()},
+    }
+
+
 def run(
     folder: Path | str,
     corpus: Path | str | None = None,
     split: str = "validation",
     *,
-    plain: Path | str | None = None,
+    against: Path | str | None = None,
     budget: float | None = None,
     budgets: Sequence[float] | None = None,
     context: int | None = None,
@@ -89,6 +119,7 @@ def run(
     max_tokens: int | None = None,
     draws: int = DRAWS,
     seed: int = 0,
+    plot: Path | str | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -96,83 +127,115 @@ def run(
 
     Args:
         folder: The routed model: a run (its best, else its latest checkpoint), a checkpoint, or a folder with a model.
-        corpus: A prepared corpus; by default the one the run was trained on.
-        split: Which of its splits.
-        plain: An independent plain model to take the difficulty from, with the same tokenizer: a run or model folder, or a file that
+        corpus: This, `split`, `context`, `stride`, `max_documents`, `max_tokens`, `device` and `console` as in `evaluate.compare.run`.
+        against: An independent plain model to take the difficulty from, with the same tokenizer: a run or model folder, or a file that
             `pathlm eval --records` wrote.
         budget: Budget at which routes, controls and difficulty are measured; by default the one the model was trained for last.
         budgets: Budgets of the curve; by default five, evenly from the smallest one trained to 1, or none where none was trained.
-        context: Tokens the model sees at most; by default the length of the rows it was trained on.
-        stride: Tokens that a window moves on in longer documents; by default half the context.
-        max_documents: Measure the first so many documents only.
-        max_tokens: Measure the first whole documents that hold at most so many predicted tokens.
-        draws: Times that documents are drawn anew for an interval.
-        seed: Of these draws and of the random controls.
-        device: Where the models run; by default a GPU where there is one.
-        console: Where progress and tables appear; nothing is printed without one.
+        draws: Times that documents are drawn anew for an interval; `seed` is that of these draws and of the random controls.
+        plot: File for the budget curve as an SVG picture.
 
     Returns the content that is also written to `routes.json` of the run (or model) folder under the split's name.
 
-    Raises `ValueError` for options out of range, a plain model in the place of the routed one, and another tokenizer than the corpus's.
+    Raises `ValueError`, before anything is measured, for options out of range, a plain model in the place of the routed one, another
+    tokenizer than the corpus's, and a single document, which gives no intervals.
     """
+    _check(plot, (budget, *(budgets or ())))
+    place, model, data = _opened(folder, corpus, device=device)
+    chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
+    resampled(len(chosen), draws=draws)
+    budgets = _curve_budgets(model, budgets)
+    check_budgets(model, (*budgets, *(() if budget is None else (budget,))))
+    context, stride = _reach(folder, model, context, stride)
+    options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
+    settings = {"context": context, "stride": stride, "draws": draws, "seed": seed}
+    losses, beside = _plain_losses(against, data, split, device=device, console=console, **options)
+    with bar(console, "routes", total=(len(budgets) + 3 + PASSES) * sum(record.tokens - 1 for record in chosen)) as advance:
+        options |= {"draws": draws, "seed": seed, "progress": advance}
+        found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, **options)
+    if beside is not None:
+        beside["routed_excess"] = found.pop("routed_excess")
+    about = {"split": split, "checkpoint": str(place), "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]}}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings}
+    file = note_result(run_folder(folder) / "routes.json", split, result := about | found | {"plain": beside})
+    if plot is not None:
+        Path(plot).write_text(budget_svg(result), encoding="utf-8")
+    if console is not None:
+        console.print(*tables(result), sep="\n")
+        written = f"{file}, the curve to {plot}" if plot is not None else str(file)
+        console.print(f"context {context}, stride {stride}; written to {written}", style="dim", highlight=False, soft_wrap=True)
+    return result
+
+
+def _check(plot: Path | str | None, budgets: Sequence[float | None]) -> None:
+    """Refuse what is wrong whatever the model is."""
+    for budget in budgets:
+        check_share(budget)
+    if plot is not None and not Path(plot).parent.is_dir():
+        raise FileNotFoundError(f"plot={str(plot)!r}: the folder {str(Path(plot).parent)!r} does not exist")
+
+
+def _opened(folder: Path | str, corpus: Path | str | None, *, device: str | None) -> tuple[Path, Any, Any]:
+    """Return where the routed model lies, the model, and the corpus that fits it."""
     from pathlm.text.corpus import Corpus
 
     place = find_checkpoint(folder)
-    trained_on = run_record(folder).get("config", {}).get("data", {})
-    data = Corpus.open(corpus_folder(corpus, trained_on, folder), verify=False)
-    chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
+    data = Corpus.open(corpus_folder(corpus, _trained_on(folder), folder), verify=False)
     model, tokenizer = open_model(place, device=device)
     check_vocabulary(model, tokenizer, data, place)
-    pool = getattr(model, "pool", None)
-    if pool is None:
+    if getattr(model, "pool", None) is None:
         raise ValueError(f"the model in {place} has no pool: there are no routes to measure")
-    if budgets is None:
-        low, high = pool.budgets_trained.tolist()
-        budgets = () if low > high else np.linspace(max(low, pool.lowest_budget), 1, BUDGETS).tolist()
-    check_budgets(model, (*budgets, *(() if budget is None else (budget,))))
-    if context is None and trained_on.get("length"):
-        context = min(trained_on["length"], model.config.max_position_embeddings)
-    context, stride = reach(model, context, stride)
-    options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
+    return place, model, data
 
-    passes = 1 + len(budgets) + PASSES
-    frequency_V = token_frequency(data, vocabulary=model.config.vocab_size)
-    with bar(console, "routes", total=passes * sum(record.tokens - 1 for record in chosen)) as advance:
-        records = route_table(model, data, split, budget=budget, progress=advance, **options)
-        curve = budget_curve(model, data, split, budgets, progress=advance, **options)
-        ruled = controls(model, data, split, records, frequency_V, draws=draws, seed=seed, progress=advance, **options)
+
+def _trained_on(folder: Path | str) -> dict[str, Any]:
+    found: dict[str, Any] = run_record(folder).get("config", {}).get("data", {})
+    return found
+
+
+def _curve_budgets(model: Any, budgets: Sequence[float] | None) -> list[float]:
+    """Return the budgets of the curve: those given, else some between the smallest trained one and 1."""
+    if budgets is not None:
+        return list(budgets)
+    low, high = model.pool.budgets_trained.tolist()
+    return [] if low > high else np.linspace(max(low, model.pool.lowest_budget), 1, BUDGETS).tolist()
+
+
+def _reach(folder: Path | str, model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
+    if context is None and (length := _trained_on(folder).get("length")):
+        context = min(length, model.config.max_position_embeddings)
+    return reach(model, context, stride)
+
+
+def _measured(
+    model: Any, corpus: Any, split: str, *, budget: float | None, budgets: Sequence[float], losses: TokenLosses | None,
+    draws: int, seed: int, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return everything that is measured of routes; `losses` are a plain model's, where there is one."""
+    drawn: dict[str, Any] = {"draws": draws, "seed": seed}
+    frequency_V = token_frequency(corpus, vocabulary=model.config.vocab_size)
+    records = route_table(model, corpus, split, budget=budget, **options)
+    beside = None if losses is None else aligned(records, losses)  # refused before the longer part
     result: dict[str, Any] = {
-        "split": split,
-        "checkpoint": str(place),
-        "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {"context": context, "stride": stride, "draws": draws, "seed": seed},
         "routed": asdict(records.score()),
-        "budgets": [asdict(point) for point in curve],
-        "controls": ruled,
-        "plain": None,
+        "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
+        "controls": controls(model, corpus, split, records, frequency_V, **drawn, **options),
+        "gain": measured_gain(model, corpus, split, records, frequency_V, **drawn, **options),
         "difficulty": None,
     }
-    if plain is not None:
-        losses, result["plain"] = _plain_losses(plain, data, split, device=device, console=console, **options)
-        excess = mean_with_interval(records.loss - aligned(records, losses), records.document, draws=draws, seed=seed)
-        result["plain"]["routed_excess"] = excess.to_dict()
-        found = difficulty_depth(records, losses, frequency_V, draws=draws, seed=seed)
+    if beside is not None:
+        found = difficulty_depth(records, beside, frequency_V, **drawn)
         result["difficulty"] = {name: estimate.to_dict() for name, estimate in found.items()}
-    file = note_result(run_folder(folder) / "routes.json", split, result)
-    if console is not None:
-        for shown in tables(result):
-            console.print(shown)
-        console.print(f"context {context}, stride {stride}; written to {file}", style="dim", highlight=False, soft_wrap=True)
+        result["routed_excess"] = mean_with_interval(records.loss - beside, records.document, **drawn).to_dict()
     return result
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Return a result of `run` as tables: losses and computation, then correlations where there was a plain model."""
+    """Return a result of `run` as tables: losses and computation, then how steps go with gain and with a plain model's loss."""
     routed = result["routed"]
     scores = Table(title=f"{result['split']}: routes over {routed['documents']:,} documents, {routed['tokens']:,} tokens")
     scores.add_column("")
-    for heading in ("loss, nats/token", "bits/byte", "steps", "blocks/token", "above the routed model (95 %)"):
+    for heading in ("loss, nats/token", "bits/byte", "steps", "blocks/token", "of all", "above the routed model (95 %)"):
         scores.add_column(heading, justify="right", no_wrap=True)
     rows = [("routed", routed, "bold"), *((f"budget {point['budget']:.3g}", point, None) for point in result["budgets"])]
     rows += [(name.replace("_", " "), found, None) for name, found in result["controls"].items() if name != "frequency"]
@@ -182,18 +245,32 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{found['bits_per_byte']:.4f}",
             f"{found['steps_mean']:.2f}",
             f"{found['block_evaluations']:.2f}",
+            f"{found['blocks_share']:.0%}",
         )
         scores.add_row(name, *numbers, _told(found["excess"]) if "excess" in found else "", style=style)
-    if result["plain"] is None:
-        return [scores]
-    found = result["plain"]
-    scores.add_row("plain model", f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", "", "", "")
-    depth = Table(title="steps beside the plain model's loss at the same place", caption="95 % intervals over documents")
+    if (found := result["plain"]) is not None:
+        below = {name: None if value is None else -value for name, value in found["routed_excess"].items()}
+        below["low"], below["high"] = below["high"], below["low"]
+        scores.add_row("plain model", f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", "", "", "", _told(below))
+    gain = result["gain"]
+    worth = f"the gain of depth, loss at the fewest steps − at all, is {_told(gain['mean'])} nats on average"
+    depth = Table(title="correlation of a token's steps, which are taught by gain", caption=f"95 % intervals over documents; {worth}")
     depth.add_column("")
-    depth.add_column("correlation", justify="right", no_wrap=True)
-    for name, estimate in result["difficulty"].items():
-        depth.add_row(name.replace("_", " "), _told(estimate))
+    columns = {"with the measured gain": gain["correlations"], "with the plain model's loss": result["difficulty"]}
+    columns = {heading: found for heading, found in columns.items() if found is not None}
+    for heading in columns:
+        depth.add_column(heading, justify="right", no_wrap=True)
+    for name in gain["correlations"]:
+        depth.add_row(_NAMES[name], *(_told(found[name]) for found in columns.values()))
     return [scores, depth]
+
+
+_NAMES = {
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "partial_spearman": "Spearman, token frequency and position held fixed",
+    "partial_spearman_following": "the same, and frequency of the token that follows",
+}
 
 
 def _told(estimate: dict[str, float | None]) -> str:
@@ -204,14 +281,18 @@ def _told(estimate: dict[str, float | None]) -> str:
 
 
 def _plain_losses(
-    plain: Path | str, corpus: Any, split: str, *, device: str | None, console: Console | None, **options: Any
-) -> tuple[TokenLosses, dict[str, Any]]:
-    """Return an independent model's losses and its score, from a file of records or by measuring it."""
+    plain: Path | str | None, corpus: Any, split: str, *, device: str | None, console: Console | None, **options: Any
+) -> tuple[TokenLosses | None, dict[str, Any] | None]:
+    """Return an independent model's losses and its score, from a file of records or by measuring it; None where there is none."""
+    if plain is None:
+        return None, None
     if Path(plain).is_file():
         losses = read_token_losses(plain)
         if losses.header.get("corpus") != corpus.manifest["digest"] or losses.header.get("split") != split:
-            raise ValueError(f"{plain} holds losses of another corpus or split than {corpus.folder}, {split!r}")
+            raise ValueError(f"against={str(plain)!r}: holds losses of another corpus or split than {corpus.folder}, {split!r}")
         chosen = choose(corpus, split, max_documents=options["max_documents"], max_tokens=options["max_tokens"])
+        if len(losses) != (wanted := sum(record.tokens - 1 for record in chosen)):
+            raise ValueError(f"against={str(plain)!r}: holds losses of {len(losses):,} tokens, routes are measured on {wanted:,}")
         nats, size = float(losses.loss.sum(dtype=np.float64)), sum(record.bytes for record in chosen)
         whole = LanguageScore.of(nats, tokens=len(losses), size=size, documents=len(chosen))
         return losses, {"file": str(plain), "loss": whole.loss, "bits_per_byte": whole.bits_per_byte}
