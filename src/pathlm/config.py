@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -131,7 +132,7 @@ class RunConfig:
         )
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         _require(self.init != "", "init", self.init, "name a folder, or leave it out")
-        _require(all(part >= 0 for part in self.stages.values()), "stages", self.stages, "parts must not be negative")
+        _require(all(0 <= part < inf for part in self.stages.values()), "stages", self.stages, "parts must be finite and not negative")
         rule = f"must be a multiple of data.length={self.data.length}"
         _require(self.batch_tokens % self.data.length == 0, "batch_tokens", self.batch_tokens, rule)
         rule = f"warm-up and decay must fit into steps={self.steps}"

@@ -1,5 +1,6 @@
 """Routes of every token, budgets, and controls: equal to one traced forward pass per document, and to histograms counted by hand."""
 
+import io
 import json
 import math
 from itertools import pairwise
@@ -279,8 +280,12 @@ def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prep
     from_model = routing.run(prepared / "routed", corpus, "train", against=prepared / "plain", **options)
     assert from_file["difficulty"] == from_model["difficulty"]
     shown = capsys.readouterr().out
-    for part in ("with the measured gain", "with the plain model's loss", "position held fixed", "frequent deep", "budget 0.5", "of all"):
+    for part in ("with the measured", "with the plain", "position held fixed", "frequent deep", "budget 0.5", "of all"):
         assert part in shown
+    for table in routing.tables(from_model):
+        screen = Console(width=80, file=io.StringIO())
+        screen.print(table)
+        assert "…" not in screen.file.getvalue(), "readable on a narrow terminal"
     with pytest.raises(ValueError, match="another corpus or split"):
         routing.run(prepared / "routed", corpus, "validation", against=losses, **options)
 

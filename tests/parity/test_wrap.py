@@ -149,6 +149,8 @@ def test_the_command_s_body_wraps_a_folder(source: Any, tmp_path: Path) -> None:
         ({"wrap_as": "2/1/3", "overrides": ["route_top_k=2"]}, "route_top_k=2: must be 1, or 2 where pool_blocks=1 is at least 2"),
         ({"wrap_as": "2/3/1", "overrides": ["max_route_steps=0"]}, "max_route_steps=0: pool_blocks=3 needs at least 1"),
         ({"wrap_as": "2/3/1", "overrides": ["max_route_steps"]}, "--set 'max_route_steps' must have the form name=value"),
+        ({"wrap_as": "2/3/1", "overrides": ["pool_blocks=4"]}, "--set pool_blocks=4: --wrap 2/3/1 says how the blocks are split"),
+        ({"wrap_as": "2/3/1", "overrides": ["max_route_steps=2"]}, "max_route_steps=2: must be at least pool_blocks=3"),
         ({"overrides": ["max_route_steps=4"]}, "--set 'max_route_steps=4': sets fields of a wrapped model; give --wrap as well"),
         ({}, "holds a brian model, which cannot become brian"),
     ],
@@ -158,6 +160,13 @@ def test_what_cannot_be_wrapped_is_refused_by_name_and_leaves_nothing(options: d
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "plain", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_written_into(tmp_path: Path) -> None:
+    plain().save_pretrained(tmp_path / "run" / "checkpoints" / "best")
+    with pytest.raises(ValueError, match="is the folder of a run, whose model is in its checkpoints"):
+        convert(tmp_path / "run", tmp_path / "run", wrap_as="2/3/1")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What no routed run can be is refused by name, before any work: nothing is written."""
 
+import math
+
 import pytest
 import torch
 from rich.console import Console
@@ -55,6 +57,21 @@ def weights(tmp_path_factory):
         ({"curriculum": "route", "knobs": {"leave.noise": 1.0}}, "there is no stage 'leave'; this curriculum has wrapped, pseudo-routes"),
         ({"curriculum": "route", "knobs": {"exit.budget": 1.5}}, "knobs: budget=1.5: must lie above 0 and at most at 1"),
         ({"curriculum": "route", "knobs": {"random_share": -0.1}}, "knobs: random_share=-0.1: must lie between 0 and 1"),
+        ({"curriculum": "route", "knobs": {"threshold_rate": 2.0}}, "knobs: threshold_rate=2.0: must lie between 0 and 1"),
+        ({"curriculum": "route", "knobs": {"difficulty_rate": -1.0}}, "knobs: difficulty_rate=-1.0: must lie between 0 and 1"),
+        ({"curriculum": "route", "knobs": {"exit.listen": 3}}, "knobs: listen=3.0: must lie between 0 and 1"),
+        ({"curriculum": "route", "knobs": {"noise": -1.0}}, "knobs: noise=-1.0: must be a finite number and not negative"),
+        ({"curriculum": "route", "knobs": {"exit.gate": math.nan}}, "knobs: gate=nan: must be a finite number"),
+        ({"curriculum": "route", "knobs": {"imitation": math.inf}}, "knobs: imitation=inf: must be a finite number"),
+        ({"curriculum": "route", "knobs": {"budget_spread": -0.5}}, "knobs: budget_spread=-0.5: must be a finite number and not negative"),
+        ({"curriculum": "route", "knobs": {"top_k": 2}}, r"knobs.wrapped.top_k=2: must lie in 1 … model.route_top_k=1"),
+        ({"curriculum": "route", "knobs": {"exit.budget": 0.1}}, r"knobs.exit.budget=0.1: no less than min_route_steps / max_route_steps"),
+        ({"curriculum": "route", "stages": {"exit": math.inf}}, "stages"),
+        (
+            {"curriculum": "route", "stages": dict.fromkeys(("wrapped", "pseudo-routes", "hand-over", "exit"), 0.0)},
+            "stages: every part of the curriculum is 0, so there is nothing to train",
+        ),
+        ({"model": POOL | {"location_bias": math.nan}}, "location_bias=nan: must be a finite number"),
         ({"curriculum": "route", "knobs": {"top_k": "two"}}, "knobs: top_k='two' must be of type int"),
         ({"curriculum": "route", "stages": {"leave": 0.5}}, "stages.leave=0.5: stages are baseline, wrapped, pseudo-routes"),
         ({"curriculum": "route", "stages": {"exit": -0.5}}, "stages"),
@@ -78,6 +95,7 @@ def test_what_cannot_be_trained_is_named(tmp_path, options, message):
         ("routed", {"pool_blocks": 1, "pre_blocks": 2}, r"model.pre_blocks=2: init=.* has 1, and its weights fit no other"),
         ("routed", {"block_position": "circle"}, r"model.block_position='circle': init=.* has 'arc'"),
         ("routed", {"router_hidden": 8}, r"model.router_hidden=8: init=.* has 0"),
+        ("plain", {"pre_blocks": 0, "pool_blocks": 3, "max_route_steps": 2}, "model.max_route_steps=2: must be at least pool_blocks=3"),
         ("plain", {"hidden_size": 32}, r"model.hidden_size=32: init=.* has 16, and its weights fit no other"),
     ],
 )

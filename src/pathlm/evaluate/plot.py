@@ -88,7 +88,7 @@ def _legend(told: Sequence[tuple[str, str, float]], *, has_curve: bool) -> list[
     x, y, parts = WIDTH - RIGHT + 18, TOP + 12, []
     if has_curve:
         parts += [f'<path d="M{x:g} {y:g}H{x + 18:g}" stroke="{CURVE}" stroke-width="2"/>', _disc(x + 9, y, CURVE, 4.0)]
-        parts.append(_text(x + 26, y + 4, "budgets, by their number"))
+        parts.append(_text(x + 26, y + 4, "at each budget"))
         y += 24
     for name, colour, loss in told:
         if name == "plain model":

@@ -161,7 +161,7 @@ def run(
     if plot is not None:
         Path(plot).write_text(budget_svg(result), encoding="utf-8")
     if console is not None:
-        console.print(*tables(result), sep="\n")
+        console.print(*(part for shown in tables(result) for part in (shown, "")))
         written = f"{file}, the curve to {plot}" if plot is not None else str(file)
         console.print(f"context {context}, stride {stride}; written to {written}", style="dim", highlight=False, soft_wrap=True)
     return result
@@ -233,9 +233,17 @@ def _measured(
 def tables(result: dict[str, Any]) -> list[Table]:
     """Return a result of `run` as tables: losses and computation, then how steps go with gain and with a plain model's loss."""
     routed = result["routed"]
-    scores = Table(title=f"{result['split']}: routes over {routed['documents']:,} documents, {routed['tokens']:,} tokens")
-    scores.add_column("")
-    for heading in ("loss, nats/token", "bits/byte", "steps", "blocks/token", "of all", "above the routed model (95 %)"):
+    title = f"{result['split']}: routes over {routed['documents']:,} documents, {routed['tokens']:,} tokens"
+    scores = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
+    scores.add_column("", no_wrap=True)
+    for heading in (
+        "nats\n/token",
+        "bits\n/byte",
+        "route\nsteps",
+        "blocks\n/token",
+        "of all\nblocks",
+        "above the routed model\n(95 %)",
+    ):
         scores.add_column(heading, justify="right", no_wrap=True)
     rows = [("routed", routed, "bold"), *((f"budget {point['budget']:.3g}", point, None) for point in result["budgets"])]
     rows += [(name.replace("_", " "), found, None) for name, found in result["controls"].items() if name != "frequency"]
@@ -253,31 +261,35 @@ def tables(result: dict[str, Any]) -> list[Table]:
         below["low"], below["high"] = below["high"], below["low"]
         scores.add_row("plain model", f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", "", "", "", _told(below))
     gain = result["gain"]
-    worth = f"the gain of depth, loss at the fewest steps − at all, is {_told(gain['mean'])} nats on average"
-    depth = Table(title="correlation of a token's steps, which are taught by gain", caption=f"95 % intervals over documents; {worth}")
-    depth.add_column("")
-    columns = {"with the measured gain": gain["correlations"], "with the plain model's loss": result["difficulty"]}
+    caption = (
+        "1: token frequency and position held fixed; 2: the frequency of the token that follows, too. 95 % intervals over documents. Gain: "
+        f"the loss if all leave as early as they may minus that at full depth, {_told(gain['mean'])} nats on average."
+    )
+    title = "correlation of a token's route steps, which are taught by gain"
+    depth = Table(title=title, caption=caption, box=None, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
+    depth.add_column("", no_wrap=True)
+    columns = {"with the measured\ngain": gain["correlations"], "with the plain\nmodel's loss": result["difficulty"]}
     columns = {heading: found for heading, found in columns.items() if found is not None}
     for heading in columns:
         depth.add_column(heading, justify="right", no_wrap=True)
     for name in gain["correlations"]:
-        depth.add_row(_NAMES[name], *(_told(found[name]) for found in columns.values()))
+        depth.add_row(_NAMES[name], *(_told(found[name], digits=3) for found in columns.values()))
     return [scores, depth]
 
 
 _NAMES = {
     "spearman": "Spearman",
     "pearson": "Pearson",
-    "partial_spearman": "Spearman, token frequency and position held fixed",
-    "partial_spearman_following": "the same, and frequency of the token that follows",
+    "partial_spearman": "partial Spearman (1)",
+    "partial_spearman_following": "partial Spearman (2)",
 }
 
 
-def _told(estimate: dict[str, float | None]) -> str:
+def _told(estimate: dict[str, float | None], *, digits: int = 4) -> str:
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     if value is None:
         return "not defined"
-    return f"{value:+.4f}" if low is None or high is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+    return f"{value:+.{digits}f}" + ("" if low is None or high is None else f" ({low:+.{digits}f} to {high:+.{digits}f})")
 
 
 def _plain_losses(

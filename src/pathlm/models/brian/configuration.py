@@ -2,6 +2,7 @@
 
 # No postponed annotations here: with them, `strict` would check no types.
 
+import math
 from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
@@ -127,6 +128,7 @@ class BrianConfig(PreTrainedConfig):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         dim = self.block_position_dim
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
+        _require(math.isfinite(self.location_bias), "location_bias", self.location_bias, "must be a finite number")
         _require(not self.location_bias or self.block_position != "none", "location_bias", self.location_bias, "needs a block_position")
 
     def _validate_attention(self) -> None:

@@ -110,10 +110,7 @@ def wrap(
     if pre_blocks + pool_blocks + post_blocks != theirs.num_hidden_layers:
         said = f"pre_blocks={pre_blocks}, pool_blocks={pool_blocks}, post_blocks={post_blocks}"
         raise ValueError(f"{said}: must add up to the {theirs.num_hidden_layers} blocks of the model")
-    longest = routing.get("max_route_steps", pool_blocks)
-    if isinstance(longest, int) and 0 < longest < pool_blocks:
-        rule = f"must be at least pool_blocks={pool_blocks}, or the old path through them would be cut"
-        raise ValueError(f"max_route_steps={longest}: {rule}")
+    _check_whole_path(routing.get("max_route_steps", pool_blocks), pool_blocks)
     config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
     if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
         source = _read(source, {}) if theirs.model_type == "llama" else BrianForCausalLM.from_pretrained(source)
@@ -121,6 +118,13 @@ def wrap(
     if theirs.model_type == "llama":
         weights = brian_weights(weights, theirs.num_hidden_layers)
     return _with_pool(config, weights, source)
+
+
+def _check_whole_path(longest: Any, blocks: int, *, where: str = "") -> None:
+    """Refuse fewer route steps than a decoder that is wrapped has blocks in its pool."""
+    if isinstance(longest, int) and 0 < longest < blocks:
+        rule = f"must be at least pool_blocks={blocks}, or the old path through them would be cut"
+        raise ValueError(f"{where}max_route_steps={longest}: {rule}")
 
 
 def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
@@ -143,6 +147,8 @@ def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
         mine, its = getattr(config, name), getattr(theirs, name)
         if mine != its:
             raise ValueError(f"model.{name}={mine!r}: init={str(folder)!r} has {its!r}, and its weights fit no other")
+    if config.pool_blocks and not pool:
+        _check_whole_path(config.max_route_steps, config.pool_blocks, where="model.")
     weights = source.state_dict() if kind == "brian" else brian_weights(source.state_dict(), theirs.num_hidden_layers)
     if pool and not config.router_sees_position and config.max_route_steps != theirs.max_route_steps:
         rule = f"init={str(folder)!r} has {theirs.max_route_steps}, and its router knows each step by its number"
@@ -174,19 +180,24 @@ def convert(
 
     `wrap_as`, for instance `"2/8/2"`, turns a plain decoder of either kind into a routed model with so many blocks before, in and after the
     pool; `overrides` such as `max_route_steps=12` then set other fields of the configuration. Raises `ValueError` when `folder` holds no
-    model of the right kind, or when `out` already holds a model.
+    model of the right kind, or when `out` already holds a model or a run.
     """
     source, target = Path(folder), Path(out)
     if to not in ("brian", "llama"):
         raise ValueError(f"to={to!r}: must be brian or llama")
     if (target / "config.json").exists():
         raise ValueError(f"out={str(target)!r}: already holds a model; name a new folder")
+    if (target / "run.json").exists() or (target / "checkpoints").exists():
+        raise ValueError(f"out={str(target)!r}: is the folder of a run, whose model is in its checkpoints; name a new folder")
     source = checkpoint_in(source)
     kind = _model_type(source)
     if wrap_as is not None:
         if to != "brian":
             raise ValueError(f"to={to!r}: --wrap makes a BRIAN model")
-        model: Any = wrap(source, **_numbers(wrap_as), **_table(overrides))
+        numbers, others = _numbers(wrap_as), _table(overrides)
+        if twice := sorted(numbers.keys() & others.keys()):
+            raise ValueError(f"--set {twice[0]}={others[twice[0]]!r}: --wrap {wrap_as} says how the blocks are split; leave it out")
+        model: Any = wrap(source, **numbers, **others)
     elif overrides:
         raise ValueError(f"--set {overrides[0]!r}: sets fields of a wrapped model; give --wrap as well")
     elif kind != ("llama" if to == "brian" else "brian"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,8 +11,11 @@ from typing import Any
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.stages import Curriculum, Gate, Stage
 
-SHARES_OF_ALL = ("router_share", "pseudo", "exit_share", "random_depth", "other_share", "random_share", "probe_share")
-"""Knobs that are shares of tokens, rows or visits."""
+SHARES_OF_ALL = (
+    "router_share", "pseudo", "exit_share", "random_depth", "other_share", "random_share", "probe_share", "listen", "threshold_rate",
+    "difficulty_rate",
+)  # fmt: skip
+"""Knobs that are shares of something."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,11 @@ class Knobs:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse shares and budgets that are none."""
+        """Refuse shares and budgets that are none, and negative weights, widths and prices."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0.0 <= value < math.inf:
+                rule = "must lie between 0 and 1" if name in SHARES_OF_ALL else "must be a finite number and not negative"
+                raise ValueError(f"{name}={value}: {rule}")
         for name in SHARES_OF_ALL:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
@@ -214,8 +222,8 @@ def _check_fit(found: Curriculum, config: BrianConfig) -> None:
 def _known_stages(parts: Mapping[str, float]) -> Mapping[str, float]:
     names = [stage.name for stage in STAGES]
     for name, part in parts.items():
-        if name not in names or part < 0:
-            raise ValueError(f"stages.{name}={part}: stages are {', '.join(names)}, their parts not negative")
+        if name not in names or not 0 <= part < math.inf:
+            raise ValueError(f"stages.{name}={part}: stages are {', '.join(names)}, their parts finite and not negative")
     return parts
 
 
@@ -223,7 +231,9 @@ def _timed(parts: dict[str, float], steps: int) -> tuple[Stage, ...]:
     """Give each stage its part of the run, leaving out those that have none; the last is open-ended."""
     kept = [stage for stage in STAGES if parts[stage.name] > 0]
     total = sum(parts[stage.name] for stage in kept)
-    if not kept or steps < len(kept):
+    if not kept:
+        raise ValueError(f"stages: every part of the curriculum is 0, so there is nothing to train; it has {', '.join(parts)}")
+    if steps < len(kept):
         raise ValueError(f"steps={steps}: {len(kept)} stages need a step each")
     edges, done = [0], 0.0
     for number, stage in enumerate(kept, start=1):
