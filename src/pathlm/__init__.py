@@ -13,6 +13,8 @@ _HOMES = {
     "Step": "pathlm.path",
     "BrianConfig": "pathlm.models.brian.configuration",
     "BrianForCausalLM": "pathlm.models.brian.modeling",
+    "BrillmConfig": "pathlm.models.brillm.configuration",
+    "BrillmForCausalLM": "pathlm.models.brillm.modeling",
     "from_llama": "pathlm.models.brian.convert",
     "wrap": "pathlm.models.brian.convert",
     "preset": "pathlm.models.library",
@@ -39,15 +41,20 @@ def __dir__() -> list[str]:
 
 def _register_configurations(auto: Any) -> None:
     from pathlm.models.brian.configuration import BrianConfig
+    from pathlm.models.brillm.configuration import BrillmConfig
 
-    auto.AutoConfig.register(BrianConfig.model_type, BrianConfig, exist_ok=True)
+    for config in (BrianConfig, BrillmConfig):
+        auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models(auto: Any) -> None:
     from pathlm.models.brian.configuration import BrianConfig
     from pathlm.models.brian.modeling import BrianForCausalLM
+    from pathlm.models.brillm.configuration import BrillmConfig
+    from pathlm.models.brillm.modeling import BrillmForCausalLM
 
     auto.AutoModelForCausalLM.register(BrianConfig, BrianForCausalLM, exist_ok=True)
+    auto.AutoModelForCausalLM.register(BrillmConfig, BrillmForCausalLM, exist_ok=True)
 
 
 # The Auto classes learn both families as soon as they are imported, before or after pathlm.

@@ -212,7 +212,8 @@ def presets_() -> None:
     for name, it in presets().items():
         size = f"{it.blocks} × {it.hidden_size}"
         steps = str(it.max_route_steps or "–")
-        numbers = (f"{it.parameters:,}", size, steps, f"{it.vocab_size:,}", f"{it.context:,}", f"{it.flops_per_token / 1e6:,.1f}")
+        context = "∞" if it.context is None else f"{it.context:,}"
+        numbers = (f"{it.parameters:,}", size, steps, f"{it.vocab_size:,}", context, f"{it.flops_per_token / 1e6:,.1f}")
         table.add_row(name, *numbers, f"{it.cache_bytes_per_token:,}")
     Console().print(table)
 

@@ -29,7 +29,14 @@ COMMON: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "initializer_range": 0.3,
         "pad_token_id": 0,
-    }
+    },
+    "brillm": {
+        "vocab_size": VOCABULARY,
+        "signal_size": 8,
+        "edges": 1_500,
+        "trained_positions": 16,
+        "pad_token_id": 0,
+    },
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -61,7 +68,9 @@ class Case:
         """The same model every time, ready for evaluation; `model` replaces the family's class."""
         torch.manual_seed(0)
         built = (model or family(self.model_type).Model)(self.config())
-        if built.config.pool_blocks and not self.fresh:
+        if self.model_type == "brillm":
+            unequal(built)
+        elif built.config.pool_blocks and not self.fresh:
             scatter(built)
         return self.prepare(built.to(dtype).eval())
 
@@ -91,6 +100,13 @@ def scatter(model: Any) -> None:
     pool.exit_threshold.copy_(torch.linspace(1.5, -1.5, len(pool.exit_threshold)))
     pool.budgets_trained.copy_(torch.tensor([pool.lowest_budget, 1.0]))
     pool.budget_default.fill_(pool.lowest_budget / 2 + 0.5)
+
+
+@torch.no_grad()
+def unequal(model: Any) -> None:
+    """Let positions differ in their weights, which all start as one."""
+    if hasattr(model.graph, "position_weight"):
+        model.graph.position_weight.normal_()
 
 
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
@@ -188,7 +204,22 @@ FRESH = (
     Case("fresh, top-2 of 8", "brian", {"pool_blocks": 8, "max_route_steps": 8, "route_top_k": 2, "block_position_dim": 64}, fresh=True),
     Case("fresh, longer than the pool", "brian", {"pool_blocks": 2, "max_route_steps": 4, "min_route_steps": 4}, fresh=True),
 )
-CASES = PLAIN + ROUTED + FRESH
+GRAPHS = (
+    Case("signal", "brillm"),
+    Case("chain", "brillm", {"context": "chain"}),
+    Case("held beyond 4", "brillm", {"trained_positions": 4, "beyond": "hold"}),
+    Case("continued beyond 4", "brillm", {"trained_positions": 4}),
+    Case("chain, no positions", "brillm", {"context": "chain", "positions": "none"}),
+    Case("released positions", "brillm", {"positions": "multiplied"}),
+    Case("small positions, own signal", "brillm", {"position_scale": 0.25, "initial_signal": 1.0}),
+    Case("few edges", "brillm", {"edges": 300}),
+    Case("every pair has an edge", "brillm", {"edges": VOCABULARY**2}),
+    Case("frozen shared edge", "brillm", {"train_shared": False}),
+    Case("sampled rivals, all of them", "brillm", {"rivals": VOCABULARY - 1}),
+)
+RELEASED = Case("released", "brillm", {"arithmetic": "released", "positions": "multiplied"})
+"""Exempt from "stepwise = full", and from nothing else: the released code decodes with another position than it trains with."""
+CASES = PLAIN + ROUTED + FRESH + GRAPHS
 
 
 def ids(rows: int, tokens: int = LENGTH, *, seed: int = 1) -> Tensor:

@@ -20,8 +20,13 @@ def equal(mine: Tensor, theirs: Tensor) -> None:
 
 
 def routes(output: Any) -> Tensor:
-    """The blocks of every token (B, T, S): those visited first at each step, then those visited beside them, 0 for none."""
+    """The blocks of every token (B, T, S): those visited first at each step, then those visited beside them, 0 for none.
+
+    Of a signal, the edge that led to each token and the node that it would have gone to next.
+    """
     trace = output.trace
+    if hasattr(trace, "row_BT"):
+        return torch.stack((trace.row_BT, trace.node_BTK[..., 0]), dim=-1)
     second = getattr(trace, "second_BTR", None)
     return trace.block_BTS if second is None else torch.cat((trace.block_BTS, second), dim=-1)
 

@@ -72,7 +72,8 @@ def test_the_stock_trainer_runs_two_steps(case: Case, tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()(ids(1), labels=ids(1)).loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert model.config.pool_blocks or reached == before.keys()
+    routed = getattr(model.config, "pool_blocks", 0) > 0
+    assert routed or reached == before.keys()
     model.zero_grad()
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, **options)

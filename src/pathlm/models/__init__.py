@@ -5,15 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-FAMILIES = ("brian",)
+FAMILIES = ("brian", "brillm")
 
 
 def family(model_type: str) -> ModuleType:
     """Return the package of a family by its `model_type`.
 
     Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps, knobs=…, stages=…, config=…)`,
-    `param_groups(model, optim)`, `start_from(folder, config)` and `paths(output, tokenizer)`. Raises `ValueError` for a family that does
-    not exist.
+    `param_groups(model, optim)`, `from_rows(config, rows)` (a fresh model for what a run reads), `start_from(folder, config)`,
+    `paths(output, tokenizer)` and `FROM_DATA` (fields that a run's data decide, besides the vocabulary). Raises `ValueError` for a family
+    that does not exist.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")

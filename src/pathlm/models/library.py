@@ -26,8 +26,8 @@ class PresetSummary:
     """Visits to a pool's blocks that a token may make; 0 where there is no pool"""
     hidden_size: int
     vocab_size: int
-    context: int
-    """Tokens the model is meant to read at most"""
+    context: int | None
+    """Tokens the model is meant to read at most; None where there is no limit"""
     flops_per_token: float
     """Forward pass, in rows of `context` tokens"""
     cache_bytes_per_token: int
@@ -54,6 +54,7 @@ def presets() -> dict[str, PresetSummary]:
 def summarise(name: str, config: PreTrainedConfig) -> PresetSummary:
     """Count a model's parameters, operations and memory. Nothing is allocated."""
     package = family(config.model_type)
+    context = getattr(config, "max_position_embeddings", None)
     with torch.device("meta"):
         model = package.Model(config)
     return PresetSummary(
@@ -61,11 +62,11 @@ def summarise(name: str, config: PreTrainedConfig) -> PresetSummary:
         family=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         blocks=config.num_hidden_layers,
-        max_route_steps=config.max_route_steps,
+        max_route_steps=getattr(config, "max_route_steps", 0),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context=config.max_position_embeddings,
-        flops_per_token=package.flops_per_token(config, config.max_position_embeddings),
+        context=context,
+        flops_per_token=package.flops_per_token(config, context or 1),
         cache_bytes_per_token=2 * package.cache_numbers_per_token(config),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,12 +67,14 @@ def resolve(config: RunConfig) -> Job:
         validation = open_rows(config.data, "validation", seed=0, verify=False)  # just verified
     except ValueError as error:
         notes = (f"no validation: {error}",)
-    model_config = fit_to_rows(config, rows, library.preset)
+    model_config = fit_to_rows(config, rows, partial(library.preset, config.preset), package.FROM_DATA)
     if init is not None:
         _check_tokenizer(config, init["checkpoint"], rows.tokenizer())
     return Job(
         model_config=model_config,
-        build=partial(package.start_from, Path(init["checkpoint"]), model_config) if init else partial(library.build, model_config),
+        build=partial(package.start_from, Path(init["checkpoint"]), model_config)
+        if init
+        else partial(package.from_rows, model_config, rows),
         curriculum=partial(curriculum, config=model_config),
         param_groups=partial(package.param_groups, optim=config.optim),
         rows=rows,
@@ -104,16 +106,20 @@ def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:
         raise ValueError(f"init={config.init!r}: {rule}")
 
 
-def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any]) -> Any:
-    """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them."""
+def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any], from_data: Mapping[str, Any]) -> Any:
+    """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them.
+
+    `from_data` holds what else the preset leaves to the data, as its family says.
+    """
     tokenizer = rows.tokenizer()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model_config = preset(config.preset, **({"vocab_size": rows.vocab_size} | special | config.model))
+    model_config = preset(**({"vocab_size": rows.vocab_size} | special | from_data | config.model))
     if model_config.vocab_size < rows.vocab_size:
         rule = f"the tokenizer of the data has {rows.vocab_size} tokens; leave it out, or make it at least as large"
         raise ValueError(f"model.vocab_size={model_config.vocab_size}: {rule}")
-    if config.data.length > model_config.max_position_embeddings:
-        rule = f"the model is made for max_position_embeddings={model_config.max_position_embeddings}"
+    longest = getattr(model_config, "max_position_embeddings", None)  # not every family has a limit
+    if longest is not None and config.data.length > longest:
+        rule = f"the model is made for max_position_embeddings={longest}"
         raise ValueError(f"data.length={config.data.length}: {rule}")
     return model_config
 

@@ -253,6 +253,11 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         return Trace.routed(input_ids, present, self.config, journey.records, journey.threshold, self.pool.gain_scale)
 
 
+def from_rows(config: BrianConfig, rows: Any) -> BrianForCausalLM:
+    """Return a freshly initialised model for a run; what its rows hold makes no difference."""
+    return BrianForCausalLM(config)
+
+
 def _next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
     """Return the label of every token's successor; the last has none."""
     if labels_BT.shape != shape:

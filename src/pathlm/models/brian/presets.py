@@ -46,6 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brian-r1b": _routed(1_536, blocks=(4, 24, 4), heads=24, hidden=4_096, steps=24, position=128),
 }
 
+FROM_DATA: dict[str, Any] = {}
+"""Fields of the configuration that data decide, besides the vocabulary: none."""
+
 
 def flops_per_token(config: BrianConfig, length: int) -> float:
     """Return the operations (two per multiply-add) of a forward pass per token, averaged over rows of `length` tokens.

@@ -1,0 +1,98 @@
+"""The configuration of BriLLM models: the graph's size, how signals are joined, and which arithmetic is meant."""
+
+# No postponed annotations here: with them, `strict` would check no types.
+
+from typing import Any, no_type_check
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+CONTEXTS = ("pooled", "chain")
+ARITHMETICS = ("published", "released")
+POSITIONS = ("divided", "multiplied", "none")
+BEYOND = ("continue", "hold")
+LEARNED = ("pooled",)
+"""Contexts that learn a weight per position."""
+
+
+@no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
+@strict
+class BrillmConfig(PreTrainedConfig):
+    """Architecture of a BriLLM model: a graph whose nodes are the tokens; one signal walks it along the sentence.
+
+    A pair of nodes that was counted often enough has an edge of its own, `signal_size`² weights and `signal_size` biases; all other pairs
+    share one edge. `edges` says how many have their own; which ones, is saved with the weights.
+    """
+
+    model_type = "brillm"
+    keys_to_ignore_at_inference = ("past_key_values", "metrics", "trace")
+
+    vocab_size: int = 4_000
+    """Nodes."""
+    signal_size: int = 32
+    """Width of the signal, `d` in the equations."""
+    edges: int = 0
+    """Pairs of nodes with an edge of their own. A model made from data counts them; one made of a bare number spreads them evenly."""
+    min_count: int = 1
+    """How often a pair must have been seen in the training data to get an edge of its own."""
+    context: str = "pooled"
+    """What the signal on an edge is: `pooled` is the mean of all earlier outputs, weighted by position; `chain` is the last output."""
+    arithmetic: str = "published"
+    """`released` computes what the released checkpoints were trained and decoded with: positions of another index in decoding."""
+    positions: str = "divided"
+    """Frequencies of the sinusoidal positions: `divided` by 10000^(2j/d) as usual, `multiplied` as released, or `none`."""
+    position_scale: float = 1.0
+    """Factor of the positional vectors."""
+    trained_positions: int = 32
+    """Positions that have numbers of their own. What later ones do is said by `beyond`; there is no longest text."""
+    beyond: str = "continue"
+    """After the trained positions, `continue`: sinusoids go on, an output's weight stays the last one, so the mean gets ever slower.
+    `hold`: the positional vector and the share of the newest output in the mean both stay as they were at the last position."""
+    initial_signal: float | None = None
+    """Every number of the signal that enters the first node; None is 1 / signal_size."""
+    rivals: int | None = None
+    """Nodes, drawn anew for every position, that the right one is compared with in training; None is all of them, exactly."""
+    train_shared: bool = True
+    """Whether the edge that all other pairs share is trained."""
+    initializer_range: float = 0.5
+    """Weights, biases and node biases start evenly distributed between minus this and this."""
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        """The signal's width, by the name that transformers uses."""
+        return self.signal_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """One: every token runs one edge."""
+        return 1
+
+    def validate_architecture(self) -> None:
+        """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
+        for name in ("vocab_size", "trained_positions", "min_count"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        size, nodes = self.signal_size, self.vocab_size
+        _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, since positions are pairs of sine and cosine")
+        _require(0 <= self.edges <= nodes**2, "edges", self.edges, f"must lie in 0 … vocab_size² = {nodes**2}")
+        for name, known in (("context", CONTEXTS), ("arithmetic", ARITHMETICS), ("positions", POSITIONS), ("beyond", BEYOND)):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        if self.arithmetic == "released":
+            for name, only in (("context", "pooled"), ("positions", "multiplied")):
+                _require(getattr(self, name) == only, name, getattr(self, name), f'arithmetic="released" was made with {only!r} only')
+        _require(self.position_scale > 0, "position_scale", self.position_scale, 'must be positive; positions="none" leaves them out')
+        rule = f"must lie in 1 … vocab_size - 1 = {nodes - 1}, or be None for all"
+        _require(self.rivals is None or 1 <= self.rivals < nodes, "rivals", self.rivals, rule)
+        _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
+        for name in ("pad_token_id", "bos_token_id"):
+            token = getattr(self, name)
+            _require(token is None or 0 <= token < nodes, name, token, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: {rule}")

@@ -1,0 +1,104 @@
+"""What a BriLLM remembers of a text: its signal, one vector of numbers however long the text was, and where it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Shapes: B rows, H tokens that can be taken back, D width of the signal
+
+UNDO = 32
+"""Tokens that can be forgotten again, as assisted decoding does. The state itself is that of the last one."""
+
+
+class BrillmCache(Cache):
+    """The state after the newest token of every row, and after the few before it; its size does not grow with the text."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[SignalMemory()])
+
+    @property
+    def memory(self) -> SignalMemory:
+        """The one layer."""
+        layer = self.layers[0]
+        assert isinstance(layer, SignalMemory)
+        return layer
+
+    def bytes(self) -> int:
+        """Return how many bytes the state of the newest token takes: the signal, the token, its position and its document."""
+        state = self.memory.state
+        return 0 if state is None else sum(t[:, -1].numel() * t.element_size() for t in state)
+
+
+class SignalMemory(DynamicLayer):
+    """Signals (B, H, D), tokens, positions and document numbers (B, H) after each of the newest H tokens."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._length = 0
+
+    def write(self, signal_BTD: Tensor, token_BT: Tensor, number_BT: Tensor, document_BT: Tensor) -> None:
+        """Remember what the rows' states were after each of T more tokens."""
+        fresh = (signal_BTD, token_BT, number_BT, document_BT)
+        if self.state is not None:
+            fresh = tuple(torch.cat((old, new), dim=1) for old, new in zip(self.state, fresh, strict=True))  # type: ignore[assignment]
+        # Copied, so that a long prompt's states do not live on behind a view of the last few.
+        self.state = tuple(t[:, -UNDO - 1 :].clone() for t in fresh)  # type: ignore[assignment]
+        self._length += token_BT.shape[1]
+        self.is_initialized = True
+
+    def last(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return signal (B, D), token, position and document (B,) after the newest token; None where nothing was read."""
+        return None if self.state is None else tuple(t[:, -1] for t in self.state)  # type: ignore[return-value]
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens were read, padding included."""
+        return self._length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self._length, self.is_initialized = None, 0, False
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget the last `-tokens_to_remove` tokens. Raises `ValueError` for more of them than are kept to be taken back."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
+        remove = min(-int(tokens_to_remove), self._length)
+        if self.state is None or not remove:
+            return
+        if remove == self._length:
+            self.reset()
+        elif remove >= self.state[0].shape[1]:
+            raise ValueError(f"tokens_to_remove={-remove}: a signal's state remembers how to take back {self.state[0].shape[1] - 1} tokens")
+        else:
+            self.state = tuple(t[:, :-remove] for t in self.state)  # type: ignore[assignment]
+            self._length -= remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in the order `beam_idx` (B',)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies beside each other."""
+        if self.state is not None:
+            self.state = tuple(t.repeat_interleave(repeats, dim=0) for t in self.state)  # type: ignore[assignment]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (B',), in that order, repeated where the index is."""
+        if self.state is not None:
+            self.state = tuple(t[torch.as_tensor(indices, device=t.device)] for t in self.state)  # type: ignore[assignment]
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing: the first `write` makes the tensors."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: there are no keys and values."""
+        raise ValueError("a signal's memory has no keys and values")
+
+    def offload(self) -> None:
+        """Refuse: the memory stays where the model is."""
+        raise ValueError("cache offloading is not available for this model's memory; generate without it")

@@ -1,0 +1,318 @@
+"""The BriLLM model: one signal per row walks the graph of tokens along the text; the logits are its energies at all next nodes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from pathlm.models.brillm import positions
+from pathlm.models.brillm.configuration import LEARNED, BrillmConfig
+from pathlm.models.brillm.curriculum import Knobs
+from pathlm.models.brillm.edges import SHARED, Edges, count_rows
+from pathlm.models.brillm.energy import Arrivals, Graph, Ledger, cross_entropy, draw_rivals, energies, read_edges
+from pathlm.models.brillm.memory import BrillmCache
+from pathlm.models.brillm.positions import Places
+from pathlm.models.brillm.tracing import Trace
+from pathlm.models.losses import IGNORE
+from pathlm.models.output import PathOutput
+
+# Shapes: B rows, T new tokens, P tokens read before, S = P + T, V nodes, E rows of edges, D width of the signal, N counted positions
+
+
+class SignalGraph(nn.Module):
+    """The parameters of a graph: an edge per row, the one that unseen pairs share first; a bias per node; a weight per position."""
+
+    key: Tensor
+    start: Tensor
+
+    def __init__(self, config: BrillmConfig) -> None:
+        super().__init__()
+        rows, width = config.edges + 1, config.signal_size
+        self.weight = nn.Parameter(torch.empty(rows, width, width))
+        """(E, D, D), out × in: the signal on an edge is `weight @ signal + bias`"""
+        self.bias = nn.Parameter(torch.empty(rows, width))
+        self.node_bias = nn.Parameter(torch.empty(config.vocab_size, width))
+        if config.context in LEARNED:
+            self.position_weight = nn.Parameter(torch.empty(config.trained_positions))
+        edges = Edges.even(config.edges, config.vocab_size)
+        self.register_buffer("key", edges.key_E)
+        self.register_buffer("start", edges.start_V1)
+
+    @property
+    def edges(self) -> Edges:
+        """Which pairs of nodes have a row of their own."""
+        return Edges(self.key, self.start)
+
+
+class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model on a graph of tokens: the next token is the node where the signal would arrive with the most energy."""
+
+    config: BrillmConfig
+    config_class = BrillmConfig
+    _no_split_modules = ["SignalGraph"]  # noqa: RUF012 - transformers' protocol
+
+    def __init__(self, config: BrillmConfig) -> None:
+        super().__init__(config)
+        self.graph = SignalGraph(config)
+        self.row_gradients = False
+        """Whether edges get sparse gradients, of touched rows only. `param_groups` asks for them; other optimizers expect dense ones."""
+        self.post_init()
+
+    @classmethod
+    def from_edges(cls, config: BrillmConfig, edges: Edges) -> BrillmForCausalLM:
+        """Return a freshly initialised model of these edges. `config.edges` need not be set; `config` is not changed."""
+        nodes = edges.start_V1.numel() - 1
+        if nodes != config.vocab_size:
+            raise ValueError(f"vocab_size={config.vocab_size}: must be {nodes}, the nodes of the edges")
+        config = deepcopy(config)
+        config.edges = edges.key_E.numel()
+        model = cls(config)
+        model.graph.key.copy_(edges.key_E)
+        model.graph.start.copy_(edges.start_V1)
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        knobs: Knobs | None = None,
+        trace: bool = False,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        initial_signal: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> PathOutput:
+        """Read T tokens after the P tokens in memory; return energies (B, T, V) as logits, and the loss where there are `labels`.
+
+        With `arithmetic="released"`, a pass that keeps or continues a memory computes what the released decoding does, which is not what
+        the released training does, and does not offer the node it stands on; all other passes compute what the training does.
+
+        Args:
+            input_ids: Token ids (B, T).
+            attention_mask: (B, P + T), 0 where there is padding, on any side.
+            past_key_values: Memory of earlier tokens, as returned by an earlier call.
+            labels: (B, T), token t at place t; this method shifts. -100 is not counted.
+            use_cache: Whether to return a memory; by default the configuration's word, and not while there are labels.
+            document_ids: (B, P + T); a new number begins a new text, with a new signal. -1 is padding.
+            logits_to_keep: Compute logits for the last so many places, or for these places; 0 is all.
+            knobs: The curriculum's values at this step; there are none that change this family's computation yet.
+            trace: Whether to return the path of the signal.
+            skip_logits: With labels, compute the loss only and return no logits.
+            num_items_in_batch: Divide the summed loss by this instead of by the number of labels (the stock Trainer's protocol).
+            initial_signal: (D,) or (B, D), what enters the first node of a text; by default the configuration's.
+            generator: Draws the rivals where they are sampled; by default torch's own.
+            kwargs: Ignored, as transformers passes switches of its own.
+
+        Raises:
+            ValueError: When arguments do not fit together.
+        """
+        for name in ("inputs_embeds", "position_ids"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: a signal walks from token to token and counts them itself; give input_ids")
+        if input_ids is None:
+            raise ValueError("input_ids=None: a signal walks from token to token; give their ids")
+        released = self.config.arithmetic == "released"
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and labels is None and not self.training and not released)
+        memory = _checked(past_key_values) if past_key_values is not None else BrillmCache() if use_cache else None
+        decoding = released and memory is not None
+        target_BT = None if labels is None else _next_labels(labels, input_ids.shape)
+        with torch.autocast(input_ids.device.type, enabled=False):
+            places, row_BT, signal_BTD, ledger = self._walk(input_ids, memory, attention_mask, document_ids, initial_signal, decoding)
+            loss: Tensor | None = None
+            metrics: dict[str, Tensor] = {}
+            if target_BT is not None:
+                arrivals = self._arrivals(input_ids, places, signal_BTD, target_BT != IGNORE, decoding)
+                loss, metrics = self._loss(arrivals, target_BT[target_BT != IGNORE], ledger, num_items_in_batch, generator)
+            logits_BTV = None
+            if not (skip_logits and labels is not None):
+                kept_BT = torch.zeros_like(places.present_BT)
+                kept_BT[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep] = True
+                if trace:
+                    kept_BT[:] = True
+                logits_BTV = self._logits(input_ids, places, signal_BTD, kept_BT, decoding)
+        found = Trace.of(input_ids, places, row_BT, signal_BTD, logits_BTV) if trace else None
+        if trace and logits_BTV is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits_BTV = logits_BTV[:, kept]
+        return PathOutput(loss=loss, logits=logits_BTV, past_key_values=memory if use_cache else None, metrics=metrics, trace=found)
+
+    @property
+    def signal_graph(self) -> Graph:
+        """What scoring reads."""
+        graph = self.graph
+        return Graph(graph.edges, graph.weight, graph.bias, self.config.train_shared, self.row_gradients)
+
+    def flops_per_token(self, length: int) -> float:
+        """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
+        from pathlm.models.brillm.presets import flops_per_token
+
+        return flops_per_token(self.config, length)
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
+        batch, tokens = input_dict["input_ids"].shape
+        return int(3 * batch * tokens * self.flops_per_token(tokens))
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Let `generate` hand over no cache of its own: a signal's memory is no table of keys and values."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` a `BrillmCache`, which assisted decoding wants to see before the first forward pass."""
+        wanted = generation_config.use_cache and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = BrillmCache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw edges and node biases evenly from ± `initializer_range`; all positions start with the same weight."""
+        if isinstance(module, SignalGraph):
+            reach = self.config.initializer_range
+            for parameter in (module.weight, module.bias, module.node_bias):
+                init.uniform_(parameter, -reach, reach)
+            if self.config.context in LEARNED:
+                init.ones_(module.position_weight)
+
+    def _walk(
+        self,
+        token_BT: Tensor,
+        memory: BrillmCache | None,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+        initial_signal: Tensor | None,
+        decoding: bool,
+    ) -> tuple[Places, Tensor, Tensor, Ledger]:
+        """Carry the signal along the edges that the text takes; return it as it leaves each token (B, T, D), and the edges' rows (B, T)."""
+        past = memory.get_seq_length() if memory is not None else 0
+        document_BT = _documents(token_BT, past, attention_mask, document_ids)
+        last = memory.memory.last() if memory is not None else None
+        places = positions.locate(token_BT, document_BT, None if last is None else last[1:])
+        # Edge i leads from position i to i + 1 and adds the vector of i + 1; released decoding adds that of i.
+        along_BT = places.present_BT & ~places.starts_BT
+        row_BT = torch.where(along_BT, self.graph.edges.lookup(places.before_BT, token_BT), SHARED)
+        weight_BTDD, bias_BTD, ledger = read_edges(self.signal_graph, row_BT)
+        dtype = self.graph.weight.dtype
+        added_BTD = bias_BTD + positions.vectors((places.number_BT - int(decoding)).clamp(min=0), self.config, dtype)
+        learned = getattr(self.graph, "position_weight", self.graph.bias.new_ones(1))
+        share_BT = positions.shares((places.number_BT - 1).clamp(min=0), learned, self.config) * along_BT
+        first_BTD = self._first_signals(token_BT, initial_signal)
+        state_BD = first_BTD.new_zeros(first_BTD[:, 0].shape) if last is None else last[0]
+        signals = []
+        # One column at a time, and only columns that anything happens in: a text's own path is all that is sequential.
+        starts, goes = places.starts_BT.any(0).tolist(), along_BT.any(0).tolist()
+        parts = zip(weight_BTDD.unbind(1), added_BTD.unbind(1), share_BT.unbind(1), first_BTD.unbind(1), strict=True)
+        for t, (weight_BDD, added_BD, share_B, first_BD) in enumerate(parts):
+            if goes[t]:
+                h_BD = F.gelu(torch.baddbmm(added_BD[..., None], weight_BDD, state_BD[..., None])[..., 0])
+                state_BD = torch.lerp(state_BD, h_BD, share_B[:, None])
+            if starts[t]:
+                state_BD = torch.where(places.starts_BT[:, t, None], first_BD, state_BD)
+            signals.append(state_BD)
+        signal_BTD = torch.stack(signals, dim=1)
+        if memory is not None:
+            newest_BT = torch.where(places.present_BT, token_BT, places.before_BT)
+            memory.memory.write(signal_BTD.detach(), newest_BT, places.number_BT, places.document_BT)
+        return places, row_BT, signal_BTD, ledger
+
+    def _first_signals(self, token_BT: Tensor, initial_signal: Tensor | None) -> Tensor:
+        """Return the signal (B, T, D) that would leave each token if a text began with it."""
+        width, bias = self.config.signal_size, self.graph.node_bias
+        if initial_signal is None:
+            level = 1 / width if self.config.initial_signal is None else self.config.initial_signal
+            initial_signal = bias.new_full((width,), level)
+        elif tuple(initial_signal.shape) not in ((width,), (token_BT.shape[0], width)):
+            raise ValueError(f"initial_signal has shape {tuple(initial_signal.shape)}: must be ({width},), or one such row per text")
+        place_D = positions.vectors(token_BT.new_zeros(1), self.config, bias.dtype)[0]
+        base = (initial_signal.to(bias) + place_D).expand(token_BT.shape[0], width)[:, None]
+        return F.gelu(base + F.embedding(token_BT, bias))
+
+    def _arrivals(self, token_BT: Tensor, places: Places, signal_BTD: Tensor, kept_BT: Tensor, decoding: bool) -> Arrivals:
+        """Return the signals that are to be scored: those of the kept places."""
+        number_N = places.number_BT[kept_BT] + int(not decoding)
+        return Arrivals(signal_BTD[kept_BT], token_BT[kept_BT], positions.vectors(number_N, self.config, signal_BTD.dtype))
+
+    def _logits(self, token_BT: Tensor, places: Places, signal_BTD: Tensor, kept_BT: Tensor, decoding: bool) -> Tensor:
+        arrivals = self._arrivals(token_BT, places, signal_BTD, kept_BT, decoding)
+        logits_NV = energies(self.signal_graph, arrivals)
+        if decoding:
+            logits_NV = logits_NV.scatter(1, arrivals.source_N[:, None], -torch.inf)
+        return logits_NV.unflatten(0, (token_BT.shape[0], -1))
+
+    def _loss(
+        self, arrivals: Arrivals, target_N: Tensor, ledger: Ledger, count: Tensor | int | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if count is None:
+            count = max(target_N.numel(), 1)  # without a counted label the loss is 0, not 0 ÷ 0
+        rivals = self.config.rivals if self.training else None
+        compared_NV = None if rivals is None else draw_rivals(target_N, self.config.vocab_size, rivals, generator)
+        total, loss_N, sure_N = cross_entropy(self.signal_graph, arrivals, target_N, ledger, rivals_NV=compared_NV)
+        loss = total / count
+        own_N = self.graph.edges.lookup(arrivals.source_N, target_N) != SHARED
+        counted = max(target_N.numel(), 1)
+        metrics = {
+            "loss/lm": loss.detach(),
+            "energy/target_probability": sure_N.sum() / counted,
+            "energy/own_edges": own_N.sum().to(loss.dtype) / counted,
+        }
+        return loss, metrics
+
+
+def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
+    """Return a fresh model for what `rows` hold: each pair of neighbours that comes at least `min_count` times gets an edge of its own."""
+    return BrillmForCausalLM.from_edges(config, Edges.from_counts(count_rows(rows), config.vocab_size, min_count=config.min_count))
+
+
+def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
+    """Open the model in `folder` as the beginning of a run. Raises `ValueError` when it is not of the architecture of `config`."""
+    found = BrillmConfig.from_pretrained(folder)
+    for name in ("vocab_size", "signal_size", "context", "arithmetic", "positions", "trained_positions"):
+        mine, theirs = getattr(config, name), getattr(found, name)
+        if mine != theirs:
+            raise ValueError(f"init={str(folder)!r}: its {name} is {theirs!r}, the run's is {mine!r}")
+    merged = deepcopy(config)
+    merged.edges = found.edges
+    model: BrillmForCausalLM = BrillmForCausalLM.from_pretrained(folder, config=merged)
+    return model
+
+
+def _checked(memory: Cache) -> BrillmCache:
+    if not isinstance(memory, BrillmCache):
+        raise ValueError(f"past_key_values is a {type(memory).__name__}: must be a BrillmCache, such as the one this model returns")
+    return memory
+
+
+def _next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
+    """Return the label of every token's successor; the last has none."""
+    if labels_BT.shape != shape:
+        raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
+    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
+
+
+def _documents(token_BT: Tensor, past: int, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """Return each new token's document number (B, T), -1 for padding."""
+    expected = (token_BT.shape[0], past + token_BT.shape[1])
+    for name, given in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if given is not None and tuple(given.shape) != expected:
+            rule = f"must be {expected}, the {past} remembered tokens before the new ones"
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: {rule}")
+    document_BT = torch.zeros_like(token_BT) if document_ids is None else document_ids[:, past:].clamp(min=-1)
+    return document_BT if attention_mask is None else torch.where(attention_mask[:, past:].bool(), document_BT, -1)
