@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, ROUTED, Case, ids
+from cases import CASES, RELEASED, ROUTED, Case, ids
 from checks import CHECKS, one_row_is_decoded_as_many_are, saved_and_loaded_it_is_the_same
 from torch.utils.data import Dataset
 
@@ -40,6 +40,41 @@ def test_the_contract_holds_in_float32(case: Case, check: Callable[[Any], None])
 @pytest.mark.parametrize("case", EVERY_OTHER, ids=str)
 def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     saved_and_loaded_it_is_the_same(case.build(dtype), tmp_path)
+
+
+STEPWISE = (
+    "decoding_in_any_chunks_is_one_forward_pass",
+    "one_row_is_decoded_as_many_are",
+    "a_long_decode_outgrows_the_first_buffer",
+    "padding_on_either_side_changes_nothing",
+    "rows_of_different_length_continue_together",
+    "documents_in_a_row_do_not_see_each_other",
+    "packed_documents_may_be_padded_on_either_side",
+    "generation_with_and_without_memory_agrees",
+    "memory_can_be_cropped_repeated_and_reordered",
+)
+"""Checks that compare decoding with one forward pass, which the released arithmetic makes two functions."""
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_released_arithmetic_is_exempt_from_stepwise_equals_full_alone(check: Callable[[Any], None]) -> None:
+    if check.__name__ in STEPWISE:
+        with pytest.raises(AssertionError):
+            check(RELEASED.build())
+    else:
+        check(RELEASED.build())
+
+
+def test_a_released_model_loads_as_the_same_and_its_padding_and_documents_change_nothing(tmp_path: Path) -> None:
+    model, row = RELEASED.build(), ids(1, 5)
+    saved_and_loaded_it_is_the_same(model, tmp_path)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), row, row[:, :4]), dim=1)
+    documents = torch.tensor([[-1] * 3 + [4] * 5 + [9] * 4])
+    for use_cache in (False, True):
+        alone = model(row, use_cache=use_cache).logits
+        whole = model(padded, document_ids=documents, use_cache=use_cache).logits
+        torch.testing.assert_close(whole[:, 3:8], alone, rtol=0, atol=1e-10)
+        torch.testing.assert_close(whole[:, 8:], alone[:, :4], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])

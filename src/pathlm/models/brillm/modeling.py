@@ -42,14 +42,21 @@ class SignalGraph(nn.Module):
         self.node_bias = nn.Parameter(torch.empty(config.vocab_size, width))
         if config.context in LEARNED:
             self.position_weight = nn.Parameter(torch.empty(config.trained_positions))
-        edges = Edges.even(config.edges, config.vocab_size)
-        self.register_buffer("key", edges.key_E)
-        self.register_buffer("start", edges.start_V1)
+        self.register_buffer("key", torch.empty(config.edges, dtype=torch.int64))
+        self.register_buffer("start", torch.empty(config.vocab_size + 1, dtype=torch.int64))
+        if not self.key.is_meta:  # where it is, a file or nothing is to follow
+            self.set_edges(Edges.even(config.edges, config.vocab_size))
 
     @property
     def edges(self) -> Edges:
         """Which pairs of nodes have a row of their own."""
         return Edges(self.key, self.start)
+
+    @torch.no_grad()
+    def set_edges(self, edges: Edges) -> None:
+        """Say which pairs the rows belong to; there are as many as before."""
+        self.key.copy_(edges.key_E)
+        self.start.copy_(edges.start_V1)
 
 
 class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -75,8 +82,7 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         config = deepcopy(config)
         config.edges = edges.key_E.numel()
         model = cls(config)
-        model.graph.key.copy_(edges.key_E)
-        model.graph.start.copy_(edges.start_V1)
+        model.graph.set_edges(edges)
         return model
 
     def forward(
