@@ -185,7 +185,7 @@ def test_presets_tell_how_many_route_steps_a_routed_model_takes_at_most():
     for name, summary in pathlm.presets().items():
         row = next(line for line in shown.splitlines() if line.startswith(name + " "))
         assert f"× {summary.hidden_size} " in row
-        assert row.split(str(summary.hidden_size))[1].split()[0] == (str(summary.max_route_steps) if summary.max_route_steps else "–")
+        assert row.split(f"× {summary.hidden_size} ")[1].split()[0] == (str(summary.max_route_steps) if summary.max_route_steps else "–")
 
 
 def test_bench_lists_the_benchmarks_and_refuses_unknown_ones():

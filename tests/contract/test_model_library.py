@@ -88,6 +88,9 @@ def test_presets_have_the_promised_shapes_and_exact_costs() -> None:
         "brian-r125": (12, 768, 32_000, 2_048),
         "brian-r350": (24, 960, 32_000, 2_048),
         "brian-r1b": (32, 1_536, 32_000, 2_048),
+        "brillm-tiny": (1, 16, 1_024, None),
+        "brillm-en": (1, 32, 4_000, None),
+        "brillm-zh": (1, 32, 4_001, None),
     }
     counts = {name: s.parameters for name, s in table.items()}
     assert counts == {
@@ -99,6 +102,9 @@ def test_presets_have_the_promised_shapes_and_exact_costs() -> None:
         "brian-r125": 134_555_712,
         "brian-r350": 329_015_296,
         "brian-r1b": 1_009_330_304,
+        "brillm-tiny": 60_001 * 17 * 16 + 1_024 * 16 + 32,
+        "brillm-en": 906_998 * 33 * 32 + 4_000 * 32 + 32,
+        "brillm-zh": 2_072_001 * 33 * 32 + 4_001 * 32 + 32,
     }
     for routed, plain in (("tiny", "tiny"), ("r125", "125m"), ("r350", "350m"), ("r1b", "1b")):
         mine, its = table[f"brian-{routed}"], table[f"plain-{plain}"]
@@ -106,6 +112,8 @@ def test_presets_have_the_promised_shapes_and_exact_costs() -> None:
         assert 0 < mine.max_route_steps <= mine.blocks
         assert mine.cache_bytes_per_token == its.cache_bytes_per_token, "as many visits as the plain decoder has blocks"
         assert 1 < mine.flops_per_token / its.flops_per_token < 1.01, "the router is cheap"
+    assert table["brillm-en"].cache_bytes_per_token == 0, "a text is one signal, however long"
+    assert table["brillm-en"].flops_per_token == 2 * 32**2 * (2 + 906_997 / 4_000)
     assert table["plain-125m"].cache_bytes_per_token == 2 * 12 * 768 * 2
     assert table["plain-tiny"].flops_per_token == 2 * (6 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128 * 513 / 2) + 128 * 4_096)
     model = pathlm.build(pathlm.preset("plain-tiny"))

@@ -48,5 +48,7 @@ def model() -> BrillmForCausalLM:
             "graph.start": built.graph.start,
         }
     )
-    assert built.graph.edges.lookup(*torch.tensor(pairs).T).tolist() == list(range(1, len(pairs) + 1)), "our order of rows is the released one"
+    assert built.graph.edges.lookup(*torch.tensor(pairs).T).tolist() == list(range(1, len(pairs) + 1)), (
+        "our order of rows is the released one"
+    )
     return built.eval()

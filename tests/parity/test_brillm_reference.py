@@ -71,7 +71,9 @@ def test_energies_loss_and_gradients_are_those_of_the_equations(options: dict[st
 
 @pytest.mark.parametrize("piece", [1, 2**22], ids=["a position at a time", "at once"])
 @pytest.mark.parametrize("as_rows", [False, True], ids=["dense gradients", "gradients of rows"])
-def test_a_batch_of_packed_and_padded_rows_has_the_gradients_of_its_texts(piece: int, as_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_packed_and_padded_rows_has_the_gradients_of_its_texts(
+    piece: int, as_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(energy, "PIECE", piece)
     built = model()
     built.row_gradients = as_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -106,7 +106,7 @@ def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:
         raise ValueError(f"init={config.init!r}: {rule}")
 
 
-def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any], from_data: Mapping[str, Any]) -> Any:
+def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any], from_data: dict[str, Any]) -> Any:
     """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them.
 
     `from_data` holds what else the preset leaves to the data, as its family says.

@@ -2,7 +2,7 @@
 
 # No postponed annotations here: with them, `strict` would check no types.
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -77,7 +77,7 @@ class BrillmConfig(PreTrainedConfig):
         for name in ("vocab_size", "trained_positions", "min_count"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         size, nodes = self.signal_size, self.vocab_size
-        _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, since positions are pairs of sine and cosine")
+        _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, for pairs of sine and cosine")
         _require(0 <= self.edges <= nodes**2, "edges", self.edges, f"must lie in 0 … vocab_size² = {nodes**2}")
         for name, known in (("context", CONTEXTS), ("arithmetic", ARITHMETICS), ("positions", POSITIONS), ("beyond", BEYOND)):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")

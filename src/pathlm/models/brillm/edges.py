@@ -56,7 +56,7 @@ class Edges:
         whole, rest = divmod(nodes**2, max(count, 1))
         return cls.from_keys(torch.from_numpy(step * whole + step * rest // max(count, 1)), nodes)
 
-    def lookup(self, source_N: Int[Tensor, "..."], target_N: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    def lookup(self, source_N: Int[Tensor, ...], target_N: Int[Tensor, ...]) -> Int[Tensor, ...]:
         """Return the row of every pair: its own, or that of the shared edge."""
         if not self.key_E.numel():
             return torch.zeros_like(source_N)

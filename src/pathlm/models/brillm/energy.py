@@ -45,9 +45,9 @@ class Arrivals(NamedTuple):
 
 
 def read_edges(graph: Graph, row_N: Tensor) -> tuple[Tensor, Tensor, Ledger]:
-    """Return weights (…, D, D) and biases (…, D) of single edges given by their rows (…), and the ledger in which scoring may leave its part of their gradients.
+    """Return weights (…, D, D) and biases (…, D) of single edges given by their rows (…), and the ledger for their gradients.
 
-    Hand the ledger to `cross_entropy` of the same forward pass, so that touched rows have one gradient instead of a sum of two.
+    Hand the ledger to `cross_entropy` of the same forward pass, which leaves its part of the gradients in it, so that touched rows have one gradient instead of a sum of two.
     """
     ledger = Ledger(graph.row_gradients, graph.train_shared)
     weight_NDD, bias_ND, ledger.anchor = _ReadEdges.apply(graph.weight_EDD, graph.bias_ED, row_N.flatten(), ledger)
@@ -182,6 +182,54 @@ def _leave(slope_nR: Tensor, z_nRD: Tensor, y_nRD: Tensor, energy_nR: Tensor) ->
     return torch.ops.aten.gelu_backward(y_nRD.mul_(scale_nR[..., None]), z_nRD)
 
 
+class _Gradients:
+    """Gradients of all edges that leave some sources, and of the shared edge: filled slab by slab."""
+
+    def __init__(self, graph: Graph, source_N: Tensor) -> None:
+        source_K = torch.unique(source_N)
+        first_K, stop_K = graph.edges.start_V1[source_K], graph.edges.start_V1[source_K + 1]
+        many_K = stop_K - first_K
+        begin_K = many_K.cumsum(0) - many_K + 1
+        row = torch.arange(1, int(many_K.sum()) + 1, device=source_N.device) + torch.repeat_interleave(first_K + 1 - begin_K, many_K)
+        self.row_K = torch.cat((row.new_zeros(1), row))
+        self.weight_KDD = graph.weight_EDD.new_zeros(self.row_K.numel(), *graph.weight_EDD.shape[1:])
+        self.bias_KD = graph.bias_ED.new_zeros(self.row_K.numel(), graph.bias_ED.shape[1])
+        self._begin = dict(zip(source_K.tolist(), begin_K.tolist(), strict=True))
+
+    def add(self, slab: _Slab, dz_nRD: Tensor, signal_nD: Tensor) -> None:
+        """Add what the positions of a slab say about its edges, given the gradient of their pre-activations."""
+        begin = self._begin[slab.source]
+        rows = slice(begin, begin + slab.stop - slab.first)
+        self.weight_KDD[rows].view(-1, signal_nD.shape[1]).addmm_(dz_nRD.flatten(1).T, signal_nD)
+        self.bias_KD[rows] += dz_nRD.sum(0)
+
+    def add_shared(self, dz_ND: Tensor, signal_ND: Tensor) -> None:
+        """Add what all positions say about the shared edge."""
+        self.weight_KDD[SHARED].addmm_(dz_ND.T, signal_ND)
+        self.bias_KD[SHARED] += dz_ND.sum(0)
+
+
+def _compare(
+    energy_nR: Tensor, shared_n: Tensor, own_n: Tensor, others_n: Tensor, mine_nR: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log Z and the energy of the target (n), and the gradients of log Z − target by own (n, R) and by shared energies (n).
+
+    `own_n` is the target's place among the own edges, negative where it shares; `others_n` how many nodes share; `mine_nR` which own edges
+    are compared at all.
+    """
+    score_nR = energy_nR if mine_nR is None else energy_nR.masked_fill(~mine_nR, -torch.inf)
+    score_nA = torch.cat((score_nR, (shared_n + others_n.log())[:, None]), dim=1)
+    log_z_n = score_nA.logsumexp(1)
+    shares_n, hit_n = own_n < 0, shared_n
+    slope_nA = (score_nA - log_z_n[:, None]).exp_()
+    if energy_nR.shape[1]:
+        place_n1 = own_n.clamp(min=0)[:, None]
+        hit_n = torch.where(shares_n, shared_n, energy_nR.gather(1, place_n1)[:, 0])
+        slope_nA.scatter_add_(1, place_n1, -(~shares_n).to(slope_nA.dtype)[:, None])
+    # The target counts once: among the nodes that share where it is one of them, else among the own edges.
+    return log_z_n, hit_n, slope_nA[:, :-1], slope_nA[:, -1] - shares_n.to(slope_nA.dtype)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Scores one slab after the other and computes its part of all gradients at once, while its outputs are at hand."""
 
@@ -198,53 +246,30 @@ class _CrossEntropy(torch.autograd.Function):
         rivals_NV: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_EDD, bias_ED, edges = graph.weight_EDD, graph.bias_ED, graph.edges
-        nodes, width = edges.start_V1.numel() - 1, bias_ED.shape[1]
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        z_N, y_N, energy_N = (t[:, 0] for t in _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND))
-        loss_N, sure_N = torch.empty_like(energy_N), torch.empty_like(energy_N)
-        slope_N = torch.empty_like(energy_N)  # of the shared energy
-        row_N = edges.lookup(source_N, target_N)
+        nodes, row_N = edges.start_V1.numel() - 1, edges.lookup(source_N, target_N)
+        found = _Gradients(graph, source_N) if any(ctx.needs_input_grad) else None
+        z_N1D, y_N1D, energy_N1 = _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND)
+        loss_N, sure_N, slope_N1 = torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1)
         dsignal_ND = torch.zeros_like(signal_ND)
-        row_K, weight_KDD, bias_KD, begin = _touched(graph, source_N) if wanted else (None, None, None, {})
-        for slab in _slabs(edges, source_N, width):
-            at, rows = slab.place_n, slice(slab.first, slab.stop)
+        for slab in _slabs(edges, source_N, bias_ED.shape[1]):
+            at, rows, many = slab.place_n, slice(slab.first, slab.stop), slab.stop - slab.first
             z, y, energy = _arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at])
-            own = row_N[at] - slab.first  # the target's place among the own edges, negative where it shares
-            shares = own < 0
-            others = energy.new_full((at.numel(),), nodes - (slab.stop - slab.first))
+            mine, others = None, energy.new_full((at.numel(),), nodes - many)
             if rivals_NV is not None:
-                compared = rivals_NV[at]
-                mine = compared[:, edges.targets(slab.source)]
-                others = (compared.sum(1) - mine.sum(1)).to(energy.dtype)
-                score = energy.masked_fill(~mine, -torch.inf)
-            else:
-                score = energy
-            total = torch.cat((score, (energy_N[at] + others.log())[:, None]), dim=1)
-            lse = total.logsumexp(1)
-            hit = energy_N[at]
-            if slab.stop > slab.first:
-                hit = torch.where(shares, hit, energy.gather(1, own.clamp(min=0)[:, None])[:, 0])
-            loss_N[at] = lse - hit
-            sure_N[at] = (hit - lse).exp()
-            if not wanted:
-                continue
-            slope = (total - lse[:, None]).exp_()
-            slope_N[at] = slope[:, -1] - shares.to(slope.dtype)
-            if slab.stop == slab.first:
-                continue
-            slope = slope[:, :-1].scatter_add(1, own.clamp(min=0)[:, None], -(~shares).to(slope.dtype)[:, None])
-            dz = _leave(slope, z, y, energy).flatten(1)
-            dsignal_ND[at] = dz @ weight_EDD[rows].flatten(0, 1)
-            into = slice(begin[slab.source], begin[slab.source] + slab.stop - slab.first)
-            weight_KDD[into].view(-1, width).addmm_(dz.T, signal_ND[at])
-            bias_KD[into] += dz.view(at.numel(), slab.stop - slab.first, width).sum(0)
-        if wanted:
-            dz_ND = _leave(slope_N[:, None], z_N[:, None], y_N[:, None], energy_N[:, None])[:, 0]
+                mine = rivals_NV[at][:, edges.targets(slab.source)]
+                others = (rivals_NV[at].sum(1) - mine.sum(1)).to(energy.dtype)
+            log_z, hit, slope, slope_N1[at, 0] = _compare(energy, energy_N1[at, 0], row_N[at] - slab.first, others, mine)
+            loss_N[at], sure_N[at] = log_z - hit, (hit - log_z).exp()
+            if found is not None and many:
+                dz = _leave(slope, z, y, energy)
+                dsignal_ND[at] = dz.flatten(1) @ weight_EDD[rows].flatten(0, 1)
+                found.add(slab, dz, signal_ND[at])
+        if found is not None:
+            dz_ND = _leave(slope_N1, z_N1D, y_N1D, energy_N1)[:, 0]
             dsignal_ND += dz_ND @ weight_EDD[SHARED]
-            weight_KDD[0].addmm_(dz_ND.T, signal_ND)
-            bias_KD[0] += dz_ND.sum(0)
+            found.add_shared(dz_ND, signal_ND)
+            ctx.save_for_backward(dsignal_ND, found.row_K, found.weight_KDD, found.bias_KD)
         ctx.ledger = ledger
-        ctx.save_for_backward(dsignal_ND, row_K, weight_KDD, bias_KD)
         ctx.mark_non_differentiable(loss_N, sure_N)
         return loss_N.sum(), loss_N, sure_N
 
@@ -258,19 +283,6 @@ class _CrossEntropy(torch.autograd.Function):
             assert ledger.row_K is None, "one ledger takes one loss"
             ledger.row_K, ledger.weight_KDD, ledger.bias_KD = row_K, weight_KDD * grad, bias_KD * grad
         return dsignal_ND * grad, torch.zeros_like(grad), None, None, None, None, None, None
-
-
-def _touched(graph: Graph, source_N: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[int, int]]:
-    """Return the rows of all edges that leave these sources, the shared one first; zeros for their gradients; where each source begins."""
-    source_K = torch.unique(source_N)
-    first_K, stop_K = graph.edges.start_V1[source_K], graph.edges.start_V1[source_K + 1]
-    many_K = stop_K - first_K
-    begin_K = many_K.cumsum(0) - many_K + 1
-    rows = torch.arange(1, int(many_K.sum()) + 1, device=source_N.device) + torch.repeat_interleave(first_K + 1 - begin_K, many_K)
-    row_K = torch.cat((rows.new_zeros(1), rows))
-    weight_KDD = graph.weight_EDD.new_zeros(row_K.numel(), *graph.weight_EDD.shape[1:])
-    bias_KD = graph.bias_ED.new_zeros(row_K.numel(), graph.bias_ED.shape[1])
-    return row_K, weight_KDD, bias_KD, dict(zip(source_K.tolist(), begin_K.tolist(), strict=True))
 
 
 class _Energies(torch.autograd.Function):
@@ -297,22 +309,20 @@ class _Energies(torch.autograd.Function):
         slope_NV = grads[0]
         signal_ND, weight_EDD, bias_ED, source_N, place_ND = ctx.saved_tensors
         graph: Graph = ctx.graph
-        width = bias_ED.shape[1]
-        row_K, weight_KDD, bias_KD, begin = _touched(graph, source_N)
+        found = _Gradients(graph, source_N)
         dsignal_ND, shared_N = torch.zeros_like(signal_ND), slope_NV.sum(1)
-        for slab in _slabs(graph.edges, source_N, width):
+        for slab in _slabs(graph.edges, source_N, bias_ED.shape[1]):
+            if slab.stop == slab.first:
+                continue
             at, rows = slab.place_n, slice(slab.first, slab.stop)
             slope = slope_NV[at][:, graph.edges.targets(slab.source)]
             shared_N[at] -= slope.sum(1)
-            dz = _leave(slope, *_arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at])).flatten(1)
-            dsignal_ND[at] = dz @ weight_EDD[rows].flatten(0, 1)
-            into = slice(begin[slab.source], begin[slab.source] + slab.stop - slab.first)
-            weight_KDD[into].view(-1, width).addmm_(dz.T, signal_ND[at])
-            bias_KD[into] += dz.view(at.numel(), slab.stop - slab.first, width).sum(0)
+            dz = _leave(slope, *_arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at]))
+            dsignal_ND[at] = dz.flatten(1) @ weight_EDD[rows].flatten(0, 1)
+            found.add(slab, dz, signal_ND[at])
         dz_ND = _leave(shared_N[:, None], *_arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND))[:, 0]
         dsignal_ND += dz_ND @ weight_EDD[SHARED]
-        weight_KDD[0].addmm_(dz_ND.T, signal_ND)
-        bias_KD[0] += dz_ND.sum(0)
+        found.add_shared(dz_ND, signal_ND)
         ledger = Ledger(graph.row_gradients, graph.train_shared)
-        ledger.row_K, ledger.weight_KDD, ledger.bias_KD = row_K, weight_KDD, bias_KD
+        ledger.row_K, ledger.weight_KDD, ledger.bias_KD = found.row_K, found.weight_KDD, found.bias_KD
         return dsignal_ND, *ledger.take(weight_EDD, bias_ED), None, None, None

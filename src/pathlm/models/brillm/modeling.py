@@ -270,7 +270,7 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
             count = max(target_N.numel(), 1)  # without a counted label the loss is 0, not 0 ÷ 0
         rivals = self.config.rivals if self.training else None
         compared_NV = None if rivals is None else draw_rivals(target_N, self.config.vocab_size, rivals, generator)
-        total, loss_N, sure_N = cross_entropy(self.signal_graph, arrivals, target_N, ledger, rivals_NV=compared_NV)
+        total, _, sure_N = cross_entropy(self.signal_graph, arrivals, target_N, ledger, rivals_NV=compared_NV)
         loss = total / count
         own_N = self.graph.edges.lookup(arrivals.source_N, target_N) != SHARED
         counted = max(target_N.numel(), 1)

@@ -55,7 +55,7 @@ def locate(token_BT: Int[Tensor, "b t"], document_BT: Int[Tensor, "b t"], last: 
 
 
 def vectors(number: Int[Tensor, "*n"], config: BrillmConfig, dtype: torch.dtype) -> Float[Tensor, "*n d"]:
-    """Return the positional vectors of these positions: sine and cosine of the position at frequencies that fall (or, as released, rise)."""
+    """Return positional vectors: sine and cosine of the position at frequencies that fall (or, as released, rise)."""
     width = config.signal_size
     if config.positions == "none":
         return torch.zeros(*number.shape, width, dtype=dtype, device=number.device)

@@ -102,11 +102,13 @@ def loss(energy_TV: Tensor, labels: list[int]) -> Tensor:
 def cross_entropy(energy_V: Tensor, target: int, candidates: list[int] | None = None) -> Tensor:
     """Return −log of the target's share in Σ exp(energy), over all nodes or over some candidates."""
     compared = range(len(energy_V)) if candidates is None else candidates
-    return torch.log(torch.stack([torch.exp(energy_V[node] - energy_V.max()) for node in compared]).sum()) + energy_V.max() - energy_V[target]
+    return (
+        torch.log(torch.stack([torch.exp(energy_V[node] - energy_V.max()) for node in compared]).sum()) + energy_V.max() - energy_V[target]
+    )
 
 
 def greedy(model: BrillmForCausalLM, prompt: list[int], count: int, *, decoding: bool = False) -> list[int]:
-    """Return the `count` tokens of most energy after a prompt, each read before the next; released decoding never repeats a token at once."""
+    """Return the `count` tokens of most energy after a prompt, each read before the next; released decoding repeats none at once."""
     tokens = list(prompt)
     for _ in range(count):
         energy = energies(model, tokens, decoding=decoding)[-1].clone()
