@@ -47,7 +47,7 @@ class Arrivals(NamedTuple):
 def read_edges(graph: Graph, row_N: Tensor) -> tuple[Tensor, Tensor, Ledger]:
     """Return weights (…, D, D) and biases (…, D) of single edges given by their rows (…), and the ledger for their gradients.
 
-    Hand the ledger to `cross_entropy` of the same forward pass, which leaves its part of the gradients in it, so that touched rows have one gradient instead of a sum of two.
+    Hand it to `cross_entropy` of the same forward pass, which leaves its part in it: touched rows get one gradient, not a sum of two.
     """
     ledger = Ledger(graph.row_gradients, graph.train_shared)
     weight_NDD, bias_ND, ledger.anchor = _ReadEdges.apply(graph.weight_EDD, graph.bias_ED, row_N.flatten(), ledger)
