@@ -2,6 +2,7 @@
 
     pathlm bench route                       all of it, on the CPU: D 192, 12 layers 2/8/2, rows of 256 tokens, 8 at a time
     pathlm bench route --only decode
+    pathlm bench route --only decode --wide  D 512
     pathlm bench route --device cuda         brian-r125 beside plain-125m in bfloat16, at all and at 66 % of the route steps
 
 A training step is forward, loss, backward, clipping and AdamW. Random routes draw every visit evenly from the 8 blocks, 8 steps long. With
@@ -9,6 +10,7 @@ fewer steps tokens leave after different numbers of them. What a block costs is 
 decoders, of 12 and 8 layers: the ideal saving is that cost times the block evaluations saved. Evaluations are told by the model (its metric
 `route/block_evaluations`) and counted by hooks; both must agree. Decoding is `pathlm.generate` from prompts of one token, so that every
 pass reads one token per row. Tokens leave together, at one place of the pool, or at batch 32 also at different steps ("on average").
+What that could save at best is told by a plain decoder whose blocks run on as many rows ("rows as in"), with nothing to choose or move.
 """
 
 import json
@@ -33,8 +35,10 @@ from benchmarks.routed import (
     cases,
     counting,
     decoded_calls,
+    decoded_rows,
     leave_after,
     leave_unevenly,
+    narrow,
     parameters,
 )
 from benchmarks.timing import Ratio, arguments, interleaved, ratio, show
@@ -46,6 +50,7 @@ FEWER = 4
 """Layers that the smaller plain decoder lacks."""
 PLAIN_FEWER = "plain, 4 layers fewer"
 HALF = "half the rows, {}"
+REACHABLE = "plain, rows as in {} steps on average"
 ALL, TOGETHER, APART = "routed, all steps", "routed, {} steps", "routed, {} steps on average"
 Measured = tuple[list[dict[str, Any]], dict[str, Ratio]]
 
@@ -57,13 +62,14 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("train", "decode", "memory"), default=None)
     parser.add_argument("--new", type=int, default=128, help="tokens to decode")
+    parser.add_argument("--wide", action="store_true", help="D 512 instead of 192 on the CPU: blocks weigh more beside everything else")
     parser.add_argument("--tiny", action="store_true", help="models too small to mean anything, to try the program itself")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; nothing measured")
         return {}
     torch.set_num_threads(options.threads)
-    options.size = "tiny" if options.tiny else options.device
+    options.size = "tiny" if options.tiny else "wide" if options.wide else options.device
     size = SIZES[options.size]
     rows: list[dict[str, Any]] = []
     ratios: dict[str, Ratio] = {}
@@ -126,6 +132,7 @@ def decoding(size: Size, options: Any) -> Measured:
         if batch > 1:
             leave_unevenly(models[ALL], prompt, new=options.new, mean=POOL)
             leave_unevenly(models[APART.format(some)], prompt, new=options.new, mean=some)
+            narrow(models[REACHABLE.format(some)], decoded_rows(models[APART.format(some)], prompt, new=options.new))
         prompts = {name: prompt[: batch // 2] if name.startswith("half the rows") else prompt for name in models}
         calls = {name: _writer(model, prompts[name], options.new) for name, model in models.items()}
         ran = {name: decoded_calls(model, prompts[name], new=options.new) for name, model in models.items()}
@@ -140,6 +147,8 @@ def decoding(size: Size, options: Any) -> Measured:
             for base in (ALL, "plain"):
                 ratios |= _saving(what, seconds, ran, base, name, batch=batch)
         ratios |= _saving(what, seconds, ran, "plain", PLAIN_FEWER, batch=batch)
+        if batch > 1:
+            ratios |= _reached(what, seconds, ran, apart=APART.format(some), reachable=REACHABLE.format(some), batch=batch)
     return rows, ratios
 
 
@@ -149,6 +158,7 @@ def _decoders(batch: int, some: int) -> dict[str, Case]:
     found = {"plain": Case(), PLAIN_FEWER: fewer}
     if batch > 1:
         found |= {HALF.format("plain"): Case(), HALF.format(PLAIN_FEWER): fewer, APART.format(some): Case(routed=True)}
+        found[REACHABLE.format(some)] = Case()
     return found | {ALL: Case(routed=True), TOGETHER.format(some): Case(routed=True)}
 
 
@@ -176,6 +186,24 @@ def _saving(
         # cost(rows) = cost_half + (rows - batch / 2) · (cost - cost_half) / (batch / 2)
         ideal = [calls * (2 * half - one) + saved * 2 * (one - half) for one, half in zip(cost, cost_half, strict=True)]
         found[f"{name}: saving ÷ cost saved where a call costs a + b · rows"] = ratio(saving, ideal)
+    return found
+
+
+def _reached(
+    what: str, seconds: Mapping[str, list[float]], ran: Mapping[str, list[int]], *, apart: str, reachable: str, batch: int
+) -> dict[str, Ratio]:
+    """How much of the blocks not run could appear in the time, by a plain decoder that runs as few rows, and how much of that does."""
+    possible = _minus(seconds["plain"], seconds[reachable])
+    passes = len(ran["plain"]) / LAYERS
+    saved = (sum(ran["plain"]) - sum(ran[reachable])) / batch / passes
+    found = {
+        f"{what}, {reachable}: saving ÷ cost of the blocks saved": ratio(
+            possible, [saved * c for c in _block(seconds, "plain", PLAIN_FEWER)]
+        )
+    }
+    for base in (ALL, "plain"):
+        name = f"{what}, {apart} beside {base}: saving ÷ what the plain decoder with as many rows saves"
+        found[name] = ratio(_minus(seconds[base], seconds[apart]), possible)
     return found
 
 

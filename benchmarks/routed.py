@@ -38,9 +38,11 @@ class Size:
 
 
 _D192 = {"vocab_size": 8_192, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6}
+_D512 = {"vocab_size": 8_192, "hidden_size": 512, "intermediate_size": 1_344, "num_attention_heads": 8}
 _TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 SIZES = {
     "cpu": Size("plain-tiny", "brian-tiny", _D192, rows=8, length=256, share=0.5),
+    "wide": Size("plain-tiny", "brian-tiny", _D512, rows=8, length=256, share=0.5),
     "cuda": Size("plain-125m", "brian-r125", {}, rows=8, length=2_048, share=0.66),
     "tiny": Size("plain-tiny", "brian-tiny", _TINY, rows=2, length=16, share=0.5),
 }
@@ -160,6 +162,44 @@ def decoded_calls(model: Any, prompt: torch.Tensor, *, new: int) -> list[int]:
     with counting(model) as rows:
         generate(model, prompt, max_new_tokens=new, temperature=0)
     return rows
+
+
+def decoded_rows(model: Any, prompt: torch.Tensor, *, new: int) -> list[int]:
+    """The rows that each block runs per pass, on average, while `generate` continues a prompt of one token."""
+    counts = [0] * len(model.blocks)
+
+    def counter(number: int) -> Any:
+        def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            counts[number] += output.numel() // output.shape[-1]
+
+        return count
+
+    handles = [block.down_proj.register_forward_hook(counter(number)) for number, block in enumerate(model.blocks)]
+    generate(model, prompt, max_new_tokens=new, temperature=0)
+    for handle in handles:
+        handle.remove()
+    return [round(count / new) for count in counts]
+
+
+def narrow(model: Any, rows: list[int]) -> None:
+    """Let each block of a plain decoder run on its first so many rows only: what routes could cost if choosing and moving were free.
+
+    The others pass it by. For decoding token by token, where nobody asks what the tokens mean.
+    """
+
+    def narrowed(forward: Any, count: int) -> Any:
+        def run(h_BTD: torch.Tensor, *rest: Any) -> torch.Tensor:
+            if count == len(h_BTD):
+                return forward(h_BTD, *rest)
+            h_BTD = h_BTD.clone()
+            if count:
+                h_BTD[:count] = forward(h_BTD[:count], *rest)
+            return h_BTD
+
+        return run
+
+    for block, count in zip(model.blocks, rows, strict=True):
+        block.forward = narrowed(block.forward, count)
 
 
 def peak(size: Size, case: Case, device: str, *, steps: int = 3) -> float:

@@ -41,6 +41,10 @@ def test_decoding_leaves_blocks_out():
     assert rows["decoding, batch 1, routed, 4 steps"]["by hooks"] == rows["decoding, batch 32, routed, 4 steps"]["by hooks"] == 8
     assert rows["decoding, batch 32, routed, all steps"]["by hooks"] == rows["decoding, batch 32, plain"]["by hooks"] == 12
     assert rows["decoding, batch 32, routed, 4 steps on average"]["by hooks"] == pytest.approx(8, abs=1)
+    assert rows["decoding, batch 32, plain, rows as in 4 steps on average"]["by hooks"] == pytest.approx(
+        rows["decoding, batch 32, routed, 4 steps on average"]["by hooks"], abs=0.2
+    )
+    assert sum("with as many rows" in name for name in found["ratios"]) == 2
     assert sum("a + b" in name for name in found["ratios"]) == 2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +82,56 @@ def decoding_in_any_chunks_is_one_forward_pass(model: Any) -> None:
 
 @torch.no_grad()
 def one_row_is_decoded_as_many_are(model: Any) -> None:
-    """One row alone, token by token, without asking for a trace: what generation does, and what may take a way of its own."""
+    """One row alone, token by token, with a trace and without: generation asks for none, and may take a way of its own."""
     tokens = ids(3)
     whole = model(tokens)
-    for row in range(3):
+    for row, trace in product(range(3), (False, True)):
         memory, logits = None, []
         for t in range(LENGTH):
-            out = model(tokens[row : row + 1, t : t + 1], past_key_values=memory, use_cache=True)
+            out = model(tokens[row : row + 1, t : t + 1], past_key_values=memory, use_cache=True, trace=trace)
             memory = out.past_key_values
             logits.append(out.logits[0])
         equal(torch.cat(logits), whole.logits[row])
+
+
+@torch.no_grad()
+def rows_are_written_together_as_they_are_read(model: Any) -> None:
+    """Several rows, token by token without a trace, alike or padded on the left: logits, and how many rows visit each block when."""
+    tokens, padded = ids(4), torch.ones(4, LENGTH, dtype=torch.long)
+    padded[1, :5] = padded[3, :2] = 0
+    for mask in (torch.ones_like(padded), padded):
+        whole = model(tokens, attention_mask=mask, trace=True)
+        visits_BTS = routes(whole)
+        for first in (1, 4):
+            memory, start = None, 0
+            for stop in range(first, LENGTH + 1):
+                with counting(model) as counts:
+                    out = model(tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=memory, use_cache=True)
+                memory, present = out.past_key_values, mask[:, start:stop].bool()
+                equal(out.logits[present], whole.logits[:, start:stop][present])
+                if present.all():
+                    expected = [int((visits_BTS[:, start:stop] == 1 + number).sum()) for number in range(len(counts))]
+                    assert counts == expected, f"visits of each block {counts}, with a trace {expected}"
+                start = stop
+
+
+@contextmanager
+def counting(model: Any) -> Iterator[list[int]]:
+    """Count the tokens that visit each block."""
+    counts = [0] * len(model.blocks)
+
+    def counter(number: int) -> Any:
+        def count(module: Any, given: Any, output: Tensor) -> None:
+            counts[number] += output.numel() // output.shape[-1]
+
+        return count
+
+    handles = [block.down_proj.register_forward_hook(counter(number)) for number, block in enumerate(model.blocks)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -310,6 +352,7 @@ CHECKS: tuple[Callable[[Any], None], ...] = (
     the_past_cannot_see_the_future,
     decoding_in_any_chunks_is_one_forward_pass,
     one_row_is_decoded_as_many_are,
+    rows_are_written_together_as_they_are_read,
     a_long_decode_outgrows_the_first_buffer,
     padding_on_either_side_changes_nothing,
     rows_of_different_length_continue_together,

@@ -14,7 +14,7 @@ from checks import CHECKS, saved_and_loaded_it_is_the_same
 from torch import Tensor
 
 from pathlm.models.brian import pool, walk
-from pathlm.models.brian.memory import BlockMemory, PoolMemory
+from pathlm.models.brian.memory import BlockMemory, NewestRows, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.pool import PoolRun
 from pathlm.models.brian.routing import RoutePool
@@ -133,9 +133,26 @@ def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
         version.copy_(before)
 
 
+def unsettled(self: Any, steps_B: Any, sound: Any) -> None:
+    """While tokens are written one by one, later steps do not see the row of one that left."""
+
+
+def mixed_up(self: Any, stay: Any, sound: Any) -> None:
+    """Those that go on in the pool do so with the memory of the first rows."""
+    sound(self, stay)
+    self.index_n = torch.arange(len(stay))
+    self.cuts = [0, len(stay), self.batch - len(stay)]
+
+
 def shared(self: Any, step: int, groups: int, sound: Any) -> Any:
     """All steps read the newest version of earlier tokens."""
     return sound(self, self.versions - 1, groups)
+
+
+def confused(self: Any, key_BGTK: Tensor, sound: Any) -> Any:
+    """While tokens are written one by one, all steps read the newest version of earlier tokens."""
+    rows = sound(self, key_BGTK)
+    return replace(rows, keys=rows.keys[-1:] * len(rows.keys), values=rows.values[-1:] * len(rows.values))
 
 
 def late(self: Any, gain_n: Tensor, state: Any, step: int, sound: Any) -> Tensor:
@@ -157,7 +174,7 @@ def last_first(score_NM: Tensor, k: int, sound: Any) -> Tensor:
 def forgetful(self: Any, *given: Any, sound: Any) -> Any:
     """Positions are not told apart where blocks read them while one token is written."""
     posts = sound(self)
-    return replace(posts, by_place=[posts.by_place[0]] * len(posts.by_place))
+    return replace(posts, by_place=posts.by_place[:1].repeat(len(posts.by_place), 0))
 
 
 ROUTE_FAULTS = (
@@ -171,9 +188,12 @@ ROUTE_FAULTS = (
     (PoolRun, "_leave", rewritten, "padding_on_either_side_changes_nothing"),
     (PoolRun, "_leave", rewritten, "packed_documents_may_be_padded_on_either_side"),
     (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
+    (NewestRows, "settle", unsettled, "one_row_is_decoded_as_many_are"),
+    (NewestRows, "settle", unsettled, "rows_are_written_together_as_they_are_read"),
+    (walk._Band, "keep", mixed_up, "rows_are_written_together_as_they_are_read"),
     (PoolMemory, "write_some", unheard, "decoding_in_any_chunks_is_one_forward_pass"),
     (PoolMemory, "version", shared, "decoding_in_any_chunks_is_one_forward_pass"),
-    (PoolMemory, "version", shared, "generation_with_and_without_memory_agrees"),
+    (PoolMemory, "newest", confused, "generation_with_and_without_memory_agrees"),
     (PoolMemory, "version", shared, "memory_can_be_cropped_repeated_and_reordered"),
     (PoolRun, "_wants_to_leave", late, "decoding_in_any_chunks_is_one_forward_pass"),
     (PoolRun, "_wants_to_leave", late, "rows_of_different_length_continue_together"),
@@ -181,6 +201,7 @@ ROUTE_FAULTS = (
     (PoolRun, "_wants_to_leave", relative, "decoding_in_any_chunks_is_one_forward_pass"),
     (pool, "best_blocks", last_first, "decoding_in_any_chunks_is_one_forward_pass"),
     (walk, "make_signposts", forgetful, "one_row_is_decoded_as_many_are"),
+    (walk, "make_signposts", forgetful, "rows_are_written_together_as_they_are_read"),
 )
 
 

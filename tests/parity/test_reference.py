@@ -13,7 +13,7 @@ from pathlm.models import layers
 from pathlm.models.brian import reference
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.modeling import BrianForCausalLM
-from pathlm.models.fused import RootMeanSquare, SplitAndTurn
+from pathlm.models.fused import NormedLinear, NormedMlp, RootMeanSquare, SplitAndTurn
 from pathlm.models.losses import IGNORE, linear_cross_entropy
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -143,3 +143,20 @@ def test_the_loss_in_bfloat16_is_that_of_float32_to_its_precision() -> None:
     torch.testing.assert_close(rough, exact, rtol=1e-2, atol=0)
     low = linear_cross_entropy(h.bfloat16(), weight.bfloat16(), target)
     torch.testing.assert_close(low, exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_frugal_layers_have_the_automatic_values_and_gradients(biased: bool) -> None:
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(0)
+    x, norm, wide, narrow = drawn(3, 4), drawn(4), drawn(10, 4), drawn(4, 5)
+    wide_bias, narrow_bias = (drawn(10), drawn(4)) if biased else (None, None)
+    joined = F.linear(F.rms_norm(x, (4,), norm, 1e-3), wide, wide_bias)
+    torch.testing.assert_close(NormedLinear.apply(x, norm, 1e-3, wide, wide_bias), joined)
+    gate, up = joined.chunk(2, dim=-1)
+    given = (x, norm, wide, wide_bias, narrow, narrow_bias)
+    torch.testing.assert_close(NormedMlp.apply(*given[:2], 1e-3, *given[2:]), F.linear(F.silu(gate) * up, narrow, narrow_bias))
+    assert torch.autograd.gradcheck(lambda x, n, *rest: NormedLinear.apply(x, n, 1e-3, *rest), given[:4])
+    assert torch.autograd.gradcheck(lambda x, n, *rest: NormedMlp.apply(x, n, 1e-3, *rest), given)

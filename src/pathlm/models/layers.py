@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pathlm.models.fused import RootMeanSquare, SplitAndTurn, by_hand
+from pathlm.models.fused import NormedLinear, NormedMlp, RootMeanSquare, SplitAndTurn, by_hand
 
 # Shapes: B rows, T new tokens, S tokens attended, D model width, H query heads, G key/value heads, K head width, F hidden width of the MLP
 
@@ -130,7 +130,32 @@ class Block(nn.Module):
 
 
 class PoolBlock(Block):
-    """A block that tokens visit when their router says so. Its two halves are called, never the whole."""
+    """A block that tokens visit when their router says so. Its two halves are called, never the whole.
+
+    The frugal halves keep less for the backward pass and compute norms and gates again in it.
+    """
+
+    def project_frugally(self, h_ND: Tensor) -> Tensor:
+        """Do as `project`."""
+        if not _plain(h_ND, self.attention_norm, self.qkv_proj):
+            return self.project(h_ND)
+        norm, linear = self.attention_norm, self.qkv_proj
+        qkv = NormedLinear.apply(h_ND, norm.weight, norm.eps, linear.weight, linear.bias)
+        return qkv.unflatten(-1, (-1, self.width))
+
+    def finish_frugally(self, h_ND: Tensor, read: Tensor) -> Tensor:
+        """Do as `finish`."""
+        if not _plain(h_ND, self.mlp_norm, self.gate_up_proj, self.down_proj):
+            return self.finish(h_ND, read)
+        norm, wide, narrow = self.mlp_norm, self.gate_up_proj, self.down_proj
+        h_ND = h_ND + self.out_proj(read)
+        return h_ND + NormedMlp.apply(h_ND, norm.weight, norm.eps, wide.weight, wide.bias, narrow.weight, narrow.bias)
+
+
+def _plain(h: Tensor, norm: RMSNorm, *layers: nn.Linear) -> bool:
+    """Whether gradients by hand are those of these modules: nobody has replaced a layer, and the norm rounds nothing."""
+    rounds = h.dtype == torch.float64 and norm.statistics == torch.float32
+    return by_hand(h) and not rounds and all(type(layer) in (nn.Linear, ResidualLinear) for layer in layers)
 
 
 def turned(qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -107,6 +110,40 @@ class BlockMemory(DynamicLayer):
         return self.keys, self.values
 
 
+@dataclass(frozen=True)
+class NewestRows:
+    """The rows of the newest token of every batch row, to be written step by step, and the tables in which they are read."""
+
+    key_BRGK: Tensor
+    value_BRGK: Tensor
+    keys: Sequence[Tensor]
+    """For every version (B, G, S, K)"""
+    values: Sequence[Tensor]
+
+    def write(self, step: int, row_n: Tensor | None, key_nGK: Tensor, value_nGK: Tensor) -> None:
+        """Write version `step` of these batch rows (n,), None for all. Later versions are not settled."""
+        for version_BRGK, rows in ((self.key_BRGK, key_nGK), (self.value_BRGK, value_nGK)):
+            if row_n is None:
+                version_BRGK[:, step] = rows
+            else:
+                version_BRGK[:, step].index_copy_(0, row_n, rows)
+
+    def settle(self, steps_B: np.ndarray) -> None:
+        """Let the versions after a token's last step, of `steps_B` in all, be as the last one."""
+        versions, shallow = self.key_BRGK.shape[1], int(steps_B.min())
+        if shallow == versions:
+            return
+        if shallow == steps_B.max():
+            for now_BRGK in (self.key_BRGK, self.value_BRGK):
+                now_BRGK[:, shallow:] = now_BRGK[:, shallow - 1 : shallow]
+            return
+        last_BR = np.minimum(np.arange(shallow, versions), steps_B[:, None] - 1)
+        row_B1 = torch.arange(len(steps_B), device=self.key_BRGK.device)[:, None]
+        index_BR = torch.from_numpy(last_BR).to(self.key_BRGK.device)
+        for now_BRGK in (self.key_BRGK, self.value_BRGK):
+            now_BRGK[:, shallow:] = now_BRGK[row_B1, index_BR]
+
+
 class PoolMemory(BlockMemory):
     """The table of a pool: for every token one row of keys and values per route step, as it was after that step.
 
@@ -142,6 +179,15 @@ class PoolMemory(BlockMemory):
         assert self.keys is not None and self.values is not None
         heads = slice(step * groups, (step + 1) * groups)
         return self.keys[:, heads], self.values[:, heads]
+
+    def newest(self, key_BGTK: Tensor) -> NewestRows:
+        """Make room for one more token per row, and return its rows beside those of all tokens; `key_BGTK` says how they look."""
+        self.extend(key_BGTK)
+        stop, views = self._length, []
+        for buffer in self._by_version(key_BGTK.shape[1]):
+            views.append((buffer[:, :, :, stop - 1], buffer[:, :, :, :stop].unbind(1)))
+        (key_now, keys), (value_now, values) = views
+        return NewestRows(key_now, value_now, keys, values)
 
     def _by_version(self, groups: int) -> tuple[Tensor, ...]:
         assert self._buffers is not None

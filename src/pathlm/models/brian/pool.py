@@ -197,15 +197,18 @@ class PoolRun:
         heads, kv_heads = self.blocks[0].heads, self.blocks[0].groups
         query, kv = qkv[..., :heads, :], qkv[..., heads:, :]  # (k, n, heads, K)
         if weight_nk is not None:
-            kv = (kv * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
+            # Copies of parts: what the backward pass keeps is then no longer than it needs.
+            kv = (kv.contiguous() * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
         if state.place is None:
             shape = (self.rows, self.tokens)
             first = qkv[0] if weight_nk is None else torch.cat((query[0], kv[0]), dim=1)
             q, key, value = turned(first.unflatten(0, shape), self.around.rotary, heads)
+            if weight_nk is not None:
+                value = value.clone(memory_format=torch.contiguous_format)
             keys, values = self._written(step, key, value)
             read = [attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1)]
             for other in query[1:]:
-                q = turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0]
+                q = turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0].clone()
                 read.append(attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1))
         else:
             rotary = self._rotary_at(state.place)
@@ -254,13 +257,14 @@ class PoolRun:
         parts = []
         for block, h, p in zip(groups.blocks, h_in, p_in, strict=True):
             x = h if p is None else h + self.pool.adapters[block](p)
-            parts.append(self._call(self.blocks[block].project, x))
+            parts.append(self._call(self.blocks[block].project_frugally if groups.copies > 1 else self.blocks[block].project, x))
         return groups.joined(parts), h_in
 
     def _finish(self, groups: _Groups, state: _Tokens, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
         """Return the next hidden states (n, D)."""
         read_in = groups.split(torch.cat(read), copied=True)
-        parts = [self._call(self.blocks[b].finish, h, r) for b, h, r in zip(groups.blocks, h_in, read_in, strict=True)]
+        halves = [self.blocks[b].finish_frugally if groups.copies > 1 else self.blocks[b].finish for b in groups.blocks]
+        parts = [self._call(half, h, r) for half, h, r in zip(halves, h_in, read_in, strict=True)]
         h_knD = groups.joined(parts)
         return h_knD[0] if weight_nk is None else (h_knD * weight_nk.T[..., None].to(h_knD.dtype)).sum(0)
 
