@@ -133,7 +133,7 @@ def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
         version.copy_(before)
 
 
-def unsettled(self: Any, steps_B: Any, sound: Any) -> None:
+def unsettled(self: Any, steps: int, sound: Any) -> None:
     """While tokens are written one by one, later steps do not see the row of one that left."""
 
 

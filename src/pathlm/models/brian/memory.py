@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -121,27 +120,17 @@ class NewestRows:
     values: Sequence[Tensor]
 
     def write(self, step: int, row_n: Tensor | None, key_nGK: Tensor, value_nGK: Tensor) -> None:
-        """Write version `step` of these batch rows (n,), None for all. Later versions are not settled."""
+        """Write version `step`: of these batch rows (n,), None for all, the new rows, of the others those of the version before."""
         for version_BRGK, rows in ((self.key_BRGK, key_nGK), (self.value_BRGK, value_nGK)):
-            if row_n is None:
-                version_BRGK[:, step] = rows
-            else:
-                version_BRGK[:, step].index_copy_(0, row_n, rows)
+            if row_n is not None:
+                rows = version_BRGK[:, step - 1].index_copy(0, row_n, rows)
+            version_BRGK[:, step] = rows
 
-    def settle(self, steps_B: np.ndarray) -> None:
-        """Let the versions after a token's last step, of `steps_B` in all, be as the last one."""
-        versions, shallow = self.key_BRGK.shape[1], int(steps_B.min())
-        if shallow == versions:
-            return
-        if shallow == steps_B.max():
+    def settle(self, steps: int) -> None:
+        """Let the versions after the last of all steps be as that one."""
+        if steps < self.key_BRGK.shape[1]:
             for now_BRGK in (self.key_BRGK, self.value_BRGK):
-                now_BRGK[:, shallow:] = now_BRGK[:, shallow - 1 : shallow]
-            return
-        last_BR = np.minimum(np.arange(shallow, versions), steps_B[:, None] - 1)
-        row_B1 = torch.arange(len(steps_B), device=self.key_BRGK.device)[:, None]
-        index_BR = torch.from_numpy(last_BR).to(self.key_BRGK.device)
-        for now_BRGK in (self.key_BRGK, self.value_BRGK):
-            now_BRGK[:, shallow:] = now_BRGK[row_B1, index_BR]
+                now_BRGK[:, steps:] = now_BRGK[:, steps - 1 : steps]
 
 
 class PoolMemory(BlockMemory):

@@ -24,7 +24,7 @@ class Signposts:
     """What the router and the blocks make of a position, computed once for every place in the pool."""
 
     from_hidden: Tensor
-    """(D, A), beside it the columns (D, n) of a second layer where the router has one"""
+    """(A, D), below it the rows (n, D) of a second layer where the router has one"""
     by_place: np.ndarray
     """What is added to the router's outputs at each place (L, A); at each step where the router knows steps, not places"""
     by_step: bool
@@ -89,7 +89,7 @@ def walk(
         place_B[gone] = place_n
         left.append((gone, band.h_nD))
     if rows is not None:
-        rows.settle(steps_B)
+        rows.settle(int(steps_B.max()))
     h_BD = left[0][1]
     if len(left) > 1:
         order = np.argsort(np.concatenate([gone for gone, _ in left]))
@@ -166,7 +166,7 @@ class _Band:
 
 def _outputs(posts: Signposts, h_nD: Tensor, place_n: np.ndarray, *, eps: float, step: int) -> np.ndarray:
     """Return the router's outputs (n, A) as it would compute them from hidden states and positions."""
-    seen_nX, length_n = torch.mm(h_nD, posts.from_hidden), torch.linalg.vector_norm(h_nD, dim=-1)
+    seen_nX, length_n = F.linear(h_nD, posts.from_hidden), torch.linalg.vector_norm(h_nD, dim=-1)
     # The norm is one number, so it scales the few outputs instead of the whole state.
     scale_n1 = (_host(length_n)[:, None] ** 2 / h_nD.shape[1] + eps) ** -0.5
     told = posts.by_place[step] if posts.by_step else posts.by_place[place_n]
@@ -236,4 +236,4 @@ def make_signposts(pool: RoutePool) -> Signposts:
         added = router.hidden_in.bias.to(dtype) + (position @ inner[:, width:].T if inner.shape[1] > width else 0.0)
         second = (added.expand(len(position), -1).contiguous(), router.hidden_out.weight.to(dtype).T.contiguous())
         weight = torch.cat((weight, inner[:, :width]))
-    return Signposts(weight.T.contiguous(), table.cpu().numpy(), by_step, second, adapted)
+    return Signposts(weight, table.cpu().numpy(), by_step, second, adapted)
