@@ -125,6 +125,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "reader": {f"to {reader}": {"block_position_to": reader} for reader in ("both", "router", "blocks")},
     "bias": {"": {}, "near": {"location_bias": 1.5}},
     "repeats": {"": {}, "no repeats": {"max_repeats": 1}, "one repeat": {"max_repeats": 2}},
+    "left": {"": {}, "refreshed": {"left_rows": "refreshed"}},
     "router": {"": {}, "deep router": {"router_hidden": 8}},
     "budget": {"": {}, "budget 0.4": {"budget": 0.4}, "budget 0.8": {"budget": 0.8}, "whole budget": {"budget": 1.0}},
     "attention": {"": {}, "grouped": {"num_key_value_heads": 2}, "biased": {"attention_bias": True, "mlp_bias": True}},
@@ -173,7 +174,7 @@ def routed(row: dict[str, str], **options: Any) -> Case:
     """The case of one row of levels."""
     settings = {key: value for factor, level in row.items() for key, value in FACTORS[factor][level].items()}
     call = {key: settings.pop(key) for key in ("knobs", "budget") if key in settings}
-    name = ", ".join(level for factor in FACTORS if (level := row[factor]))
+    name = ", ".join(level for factor in FACTORS if (level := row.get(factor)))
     return Case(name, "brian", {"block_position_dim": 6} | settings | options, call)
 
 

@@ -118,6 +118,12 @@ class Block(nn.Module):
         """Return queries, keys and values of `h` (..., D) side by side, not yet turned (..., H + 2G, K)."""
         return self.qkv_proj(self.attention_norm(h)).unflatten(-1, (-1, self.width))
 
+    def remember(self, h: Tensor) -> Tensor:
+        """Return the keys and values of `h` (..., D) alone, side by side, not yet turned (..., 2G, K)."""
+        first = self.heads * self.width
+        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
+        return F.linear(self.attention_norm(h), self.qkv_proj.weight[first:], bias).unflatten(-1, (-1, self.width))
+
     def turn(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return turned queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K), of `qkv` (B, T, H + 2G, K)."""
         return turned(qkv, rotary, self.heads)

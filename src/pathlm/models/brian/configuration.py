@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POSITIONS = ("arc", "circle", "random", "none")
 READERS = ("router", "blocks", "both")
+LEFT_ROWS = ("kept", "refreshed")
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -52,6 +53,9 @@ class BrianConfig(PreTrainedConfig):
     """Width of a second, non-linear layer of the router; 0 is a linear router."""
     memory: str = "local"
     """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits."""
+    left_rows: str = "kept"
+    """What that row of a token is after it has left: `kept` is its last one; `refreshed` is, at every later step, what the block that would
+    come next in order makes of the state the token left with. That costs a key and a value projection, not a block."""
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     """Heads that keys and values have; None means as many as queries have."""
@@ -124,7 +128,7 @@ class BrianConfig(PreTrainedConfig):
         _require(self.route_top_k == 1 or (self.route_top_k == 2 and blocks >= 2), "route_top_k", self.route_top_k, rule)
         rule = f"needs more than route_top_k={self.route_top_k} pool blocks"
         _require(not self.max_repeats or blocks > self.route_top_k, "max_repeats", self.max_repeats, rule)
-        for name, known in (("block_position", POSITIONS), ("block_position_to", READERS), ("memory", ("local",))):
+        for name, known in (("block_position", POSITIONS), ("block_position_to", READERS), ("memory", ("local",)), ("left_rows", LEFT_ROWS)):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         dim = self.block_position_dim
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")

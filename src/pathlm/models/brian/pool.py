@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pathlm.models.brian.departed import Departed, refreshed
 from pathlm.models.brian.grouping import Arrange, Pick, UnitGate, spread
 from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.routing import best_blocks, legal_blocks
-from pathlm.models.layers import attend, turned
+from pathlm.models.layers import attend, rotate, turned
 
 # Shapes: B rows, T tokens, N = B · T, n tokens still in the pool in the order of their places, k blocks each visits in one step,
 # e = k · n visits grouped by block, M blocks, R route steps, H heads, G key/value heads, K head width, S tokens attended, Q queries per row
@@ -113,8 +114,7 @@ class PoolRun:
         self.pool, self.blocks, self.around, self.plan = pool, blocks, surroundings, plan
         self.records = Records()
         self._table: tuple[Tensor, Tensor] | None = None
-        self._left: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._steps: list[tuple[Tensor, int]] = []
+        self._left: list[Departed] = []
 
     def run(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens' hidden states (B, T, D) and the positions (B, T, P) from which they left."""
@@ -128,6 +128,7 @@ class PoolRun:
         for step in range(config.max_route_steps):
             stay = self._decide(state, step)
             if stay is None:
+                self._refresh_all_from(step)
                 break
             state, block_nk, score_nM = stay
             state = self._visit(state, block_nk, score_nM, step)
@@ -136,7 +137,7 @@ class PoolRun:
                 h = state.h if self.plan.attached else state.h.detach()
                 self.records.watched.append((h[index], state.p.detach()[index]))
         else:
-            self._leave(state.h, state.p, state.place, config.max_route_steps)
+            self._leave(state, config.max_route_steps)
         return self._gathered(h_BTD)
 
     def _decide(self, state: _Tokens, step: int) -> tuple[_Tokens, Tensor, Tensor] | None:
@@ -170,7 +171,7 @@ class PoolRun:
         if step and bool(leaves_n.any()):
             going = leaves_n.nonzero()[:, 0]
             stay = (~leaves_n).nonzero()[:, 0]
-            self._leave(Pick.apply(state.h, going), state.p[going], going if state.place is None else state.place[going], step)
+            self._leave(state.kept(going), step)
             if not len(stay):
                 return None
             state, block_nk = state.kept(stay), block_nk[stay]
@@ -282,10 +283,13 @@ class PoolRun:
     def _written_some(self, step: int, key: Tensor, value: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Rewrite the rows (1, G, n, K) of the tokens at `place` and return the table (B, G, S, K)."""
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (n, G, K)
+        if self.pool.config.left_rows == "refreshed":
+            left, kv = self._refreshed(step)
+            old = kv.tensor_split(2, dim=1)
+            place, key, value = torch.cat((place, left)), torch.cat((key, old[0])), torch.cat((value, old[1]))
         if self.around.memory is not None:
             memory = self.around.memory
-            slot = place % self.tokens + memory.get_seq_length() - self.tokens
-            memory.write_some(step, place // self.tokens, slot, key, value)
+            memory.write_some(step, place // self.tokens, self._slot(place), key, value)
             return memory.version(step, groups)
         assert self._table is not None  # everybody visits a block in the first step
         shape = (self.rows, self.tokens)
@@ -334,23 +338,42 @@ class PoolRun:
         when[slot] = place % self.tokens
         return per_row, slot, when.view(self.rows, per_row)
 
-    def _leave(self, h: Tensor, p: Tensor, place: Tensor | None, steps: int) -> None:
-        if place is None:
-            place = torch.arange(len(h), device=h.device)
-        self._left.append((place, h, p))
-        self._steps.append((place, steps))
+    def _leave(self, state: _Tokens, steps: int) -> None:
+        place = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
+        self._left.append(Departed(place, state.h, state.p, state.at, steps))
+
+    def _refresh_all_from(self, step: int) -> None:
+        """Write the rows of the steps that nobody takes: later tokens may take them."""
+        memory = self.around.memory
+        if memory is None or self.pool.config.left_rows == "kept":
+            return
+        for later in range(step, self.pool.config.max_route_steps):
+            place, kv = self._refreshed(later)
+            key, value = kv.tensor_split(2, dim=1)
+            memory.write_some(later, place // self.tokens, self._slot(place), key, value)
+
+    def _refreshed(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the places (n,) of the tokens that have left and their turned keys, then values, at `step` (n, 2G, K)."""
+        place, kv = refreshed(self.pool, self.blocks, self._left, step)
+        key, value = kv.tensor_split(2, dim=1)
+        key = rotate(key[None], *self._rotary_at(place))[0]
+        return place, torch.cat((key, value), dim=1)
+
+    def _slot(self, place: Tensor) -> Tensor:
+        assert self.around.memory is not None
+        return place % self.tokens + self.around.memory.get_seq_length() - self.tokens
 
     def _gathered(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Put everybody back at their places."""
         self.records.left_N = torch.zeros(self.rows * self.tokens, dtype=torch.long, device=h_BTD.device)
-        for place, steps in self._steps:
-            self.records.left_N[place] = steps
+        for left in self._left:
+            self.records.left_N[left.place] = left.steps
         if len(self._left) == 1:
-            _, h, p = self._left[0]
+            h, p = self._left[0].h, self._left[0].p
         else:
-            order = torch.cat([place for place, _, _ in self._left])
-            h = Arrange.apply(torch.cat([h for _, h, _ in self._left]), order.argsort(), order, 1)
-            p = torch.cat([p for _, _, p in self._left])[order.argsort()]
+            order = torch.cat([left.place for left in self._left])
+            h = Arrange.apply(torch.cat([left.h for left in self._left]), order.argsort(), order, 1)
+            p = torch.cat([left.p for left in self._left])[order.argsort()]
         return h.view_as(h_BTD), p.unflatten(0, h_BTD.shape[:2])
 
 

@@ -37,6 +37,8 @@ class Traveller:
     row: tuple[Heads, Heads] | None = None
     """Its key and value in the shared table."""
     left: bool = False
+    refreshed: int = 0
+    """How often its row was made anew after it had left."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,11 @@ def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget:
 def _visit(model: BrianForCausalLM, moving: list[Traveller | None], travellers: list[Traveller], documents: list[int], gate: float) -> None:
     """Let the tokens that chose write their rows, and only then let each of them read those of the tokens up to itself."""
     query: list[list[Heads]] = []
-    for traveller in moving:
+    for traveller, arrived in zip(moving, travellers, strict=True):
         query.append([])
         if traveller is None:
+            if model.config.left_rows == "refreshed":
+                _refresh(model, arrived)
             continue
         rows = []
         for number in traveller.route[-1]:
@@ -183,6 +187,17 @@ def _visit(model: BrianForCausalLM, moving: list[Traveller | None], travellers: 
             new_D = new_D + gate * (traveller.share - traveller.share.detach()) * (new_D - traveller.h_D).detach()
         traveller.h_D = new_D
         traveller.p_P = _mix_positions(model, traveller)
+
+
+def _refresh(model: BrianForCausalLM, traveller: Traveller) -> None:
+    """Give a token that has left the row that the next block in order makes of it; after the last block, the last one again."""
+    traveller.refreshed += 1
+    number = min(traveller.route[-1][0] + traveller.refreshed, model.config.pool_blocks)
+    h_D = traveller.h_D
+    if traveller.p_P is not None and model.config.block_position_to in ("blocks", "both"):
+        h_D = h_D + _matrix(_pool(model).adapters[number - 1]) @ traveller.p_P
+    _, key, value = project(model, _block(model, number), h_D, traveller.rotary)
+    traveller.row = (key, value)
 
 
 def _pool(model: BrianForCausalLM) -> RoutePool:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pathlm.models.brian.departed import block_in_turn
 from pathlm.models.brian.memory import NewestRows, PoolMemory
 from pathlm.models.brian.positions import IN
 from pathlm.models.brian.routing import RoutePool
-from pathlm.models.layers import attend, turned
+from pathlm.models.layers import attend, rotate, turned
 
 # Shapes: B rows of one token each, n of them still in the pool in the order of rows, D width, P width of positions, M pool blocks,
 # A = M + 1 outputs of the router, L places in the pool (IN, blocks, OUT), H heads, G key/value heads, K head width, S tokens attended
@@ -90,11 +91,32 @@ def walk(
         left.append((gone, band.h_nD))
     if rows is not None:
         rows.settle(int(steps_B.max()))
+        if config.left_rows == "refreshed":
+            for gone, h_nD in left:
+                _refresh(rows, blocks, rotary, gone, h_nD, place_n=place_B[gone], steps=int(steps_B[gone[0]]), adapted=posts.adapted)
     h_BD = left[0][1]
     if len(left) > 1:
         order = np.argsort(np.concatenate([gone for gone, _ in left]))
         h_BD = torch.cat([h for _, h in left]).index_select(0, _index(order, h_BTD))
     return h_BD[:, None], pool.position.index_select(0, _index(place_B, h_BTD)).to(h_BTD.dtype)[:, None], int(steps_B.sum())
+
+
+def _refresh(
+    rows: NewestRows, blocks: list[Any], rotary: tuple[Tensor, Tensor], row_n: np.ndarray, h_nD: Tensor, *,
+    place_n: np.ndarray, steps: int, adapted: Tensor | None,
+) -> None:  # fmt: skip
+    """Make the rows of tokens that left together after `steps` anew for every step they did not take."""
+    for step in range(steps, rows.key_BRGK.shape[1]):
+        block_n = block_in_turn(torch.from_numpy(place_n - 1), steps, step, len(blocks)).numpy()
+        for number in np.unique(block_n).tolist():
+            mine = np.flatnonzero(block_n == number)
+            x_nD, row = h_nD.index_select(0, _index(mine, h_nD)), _index(row_n[mine], h_nD)
+            if adapted is not None:
+                x_nD = x_nD + adapted.index_select(0, _index(number * (len(adapted) // len(blocks)) + place_n[mine], h_nD))
+            key, value = blocks[number].remember(x_nD).tensor_split(2, dim=1)
+            cos, sin = (table if table.shape[0] == 1 else table.index_select(0, row) for table in rotary)
+            rows.key_BRGK[row, step] = rotate(key[:, None], cos, sin)[:, 0]
+            rows.value_BRGK[row, step] = value
 
 
 class _Band:
