@@ -115,13 +115,22 @@ def averaged(self: Any, h_ND: Tensor, p_NP: Tensor, step: int, sound: Any, **opt
     return sound(self, h_ND + h_ND.mean(0, keepdim=True), p_NP, step, **options)
 
 
-def rewritten(self: Any, h: Tensor, p: Tensor, place: Tensor | None, steps: int, sound: Any) -> None:
+def rewritten(self: Any, state: Any, steps: int, sound: Any) -> None:
     """A token that leaves takes its row with it, but not from the memory."""
-    if self._table is not None and place is not None:
+    if self._table is not None and state.place is not None:
         keys, values = (table.clone() for table in self._table)
-        values[place // self.tokens, :, place % self.tokens] = 0
+        values[state.place // self.tokens, :, state.place % self.tokens] = 0
         self._table = (keys, values)
-    sound(self, h, p, place, steps)
+    sound(self, state, steps)
+
+
+def unrefreshed(self: Any, step: int, sound: Any) -> None:
+    """Steps that nobody takes now write no rows for those who take them later."""
+
+
+def from_the_first(last: Any, steps: int, step: int, blocks: int, sound: Any) -> Any:
+    """One token alone has its row made by another block."""
+    return min(step, blocks - 1)
 
 
 def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
@@ -187,6 +196,9 @@ ROUTE_FAULTS = (
     (PoolRun, "_leave", rewritten, "decoding_in_any_chunks_is_one_forward_pass"),
     (PoolRun, "_leave", rewritten, "padding_on_either_side_changes_nothing"),
     (PoolRun, "_leave", rewritten, "packed_documents_may_be_padded_on_either_side"),
+    (PoolRun, "_refresh_all_from", unrefreshed, "decoding_in_any_chunks_is_one_forward_pass"),
+    (PoolRun, "_refresh_all_from", unrefreshed, "rows_of_different_length_continue_together"),
+    (walk, "block_in_turn", from_the_first, "one_row_is_decoded_as_many_are"),
     (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "rows_are_written_together_as_they_are_read"),
@@ -209,7 +221,8 @@ ROUTE_FAULTS = (
 def test_a_broken_route_fails_the_check_that_guards_against_it(
     owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, sound = ROUTED[0].build(), getattr(owner, name)
+    refreshed = replace(ROUTED[0], options=ROUTED[0].options | {"left_rows": "refreshed"}, call={"budget": 0.5})
+    model, sound = (refreshed if fault in (unrefreshed, from_the_first) else ROUTED[0]).build(), getattr(owner, name)
     assert (model.config.max_route_steps, model.config.min_route_steps, model.config.route_top_k) == (4, 1, 1)
     if fault is last_first:
         indifferent(model)
