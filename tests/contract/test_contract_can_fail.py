@@ -130,7 +130,7 @@ def unrefreshed(self: Any, step: int, sound: Any) -> None:
 
 def from_the_first(last: Any, steps: int, step: int, blocks: int, sound: Any) -> Any:
     """One token alone has its row made by another block."""
-    return min(step, blocks - 1)
+    return 0 * last + min(step, blocks - 1)
 
 
 def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
@@ -197,7 +197,6 @@ ROUTE_FAULTS = (
     (PoolRun, "_leave", rewritten, "padding_on_either_side_changes_nothing"),
     (PoolRun, "_leave", rewritten, "packed_documents_may_be_padded_on_either_side"),
     (PoolRun, "_refresh_all_from", unrefreshed, "decoding_in_any_chunks_is_one_forward_pass"),
-    (PoolRun, "_refresh_all_from", unrefreshed, "rows_of_different_length_continue_together"),
     (walk, "block_in_turn", from_the_first, "one_row_is_decoded_as_many_are"),
     (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "one_row_is_decoded_as_many_are"),

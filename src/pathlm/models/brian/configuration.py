@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POSITIONS = ("arc", "circle", "random", "none")
 READERS = ("router", "blocks", "both")
+MEMORIES = ("local",)
 LEFT_ROWS = ("kept", "refreshed")
 
 
@@ -128,7 +129,12 @@ class BrianConfig(PreTrainedConfig):
         _require(self.route_top_k == 1 or (self.route_top_k == 2 and blocks >= 2), "route_top_k", self.route_top_k, rule)
         rule = f"needs more than route_top_k={self.route_top_k} pool blocks"
         _require(not self.max_repeats or blocks > self.route_top_k, "max_repeats", self.max_repeats, rule)
-        for name, known in (("block_position", POSITIONS), ("block_position_to", READERS), ("memory", ("local",)), ("left_rows", LEFT_ROWS)):
+        for name, known in (
+            ("block_position", POSITIONS),
+            ("block_position_to", READERS),
+            ("memory", ("local",)),
+            ("left_rows", LEFT_ROWS),
+        ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         dim = self.block_position_dim
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")

@@ -164,8 +164,22 @@ STAGES = (
     ),
 )
 """One row per stage. How long each lasts is the curriculum's matter."""
-SHARES = {"default": (0.35, 0.05, 0.1, 0.15, 0.35), "route": (0.0, 0.08, 0.12, 0.3, 0.5)}
-"""Parts of a run's steps that each stage gets."""
+DROPPING = Knobs(random_depth=0.3)
+SHEDDING = replace(DROPPING, probe_share=0.05, exit=0.03, budget=1.0)
+SHED = replace(SHEDDING, random_depth=0.0, budget=0.625)
+JOINT = (
+    Stage("random-depth", None, DROPPING),
+    Stage("shedding", None, SHEDDING, SHED),
+    Stage("settled", None, SHED, gates=STAGES[-1].gates),
+)
+"""From nothing to a model that leaves early, without a wrap: three in ten tokens leave at random first, so that blocks bear it; then the
+router takes over while the budget falls from the whole route, and the last part is spent at the budget."""
+CURRICULA = {
+    "default": (STAGES, (0.35, 0.05, 0.1, 0.15, 0.35)),
+    "route": (STAGES, (0.0, 0.08, 0.12, 0.3, 0.5)),
+    "joint": (JOINT, (0.5, 0.4, 0.1)),
+}
+"""Curricula of several stages, and the parts of a run's steps that each stage gets."""
 
 
 def curriculum(
@@ -179,27 +193,30 @@ def curriculum(
     """Return the curriculum `name` for a run of `steps` optimizer steps.
 
     A plain decoder has `default` alone, also called `plain`. A model with a pool has `default` (stages 0 to 4), `route` (1 to 4, for one
-    that was wrapped), `fixed` (the original path for ever) and `stage-0` … `stage-4`. `knobs` replace values in every stage (`"noise"`), or
-    in one (`"hand-over.noise"`); `stages` the parts of the run that stages get. Raises `ValueError` for names that do not exist.
+    that was wrapped), `joint` (exits from the start), `fixed` (the original path for ever) and `stage-0` … `stage-4`. `knobs` replace
+    values in every stage (`"noise"`), or in one (`"hand-over.noise"`); `stages` the parts of the run that stages get. Raises `ValueError`
+    for names that do not exist.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
     pool = config is not None and config.pool_blocks > 0
-    if stages and (not pool or name not in SHARES):
-        rule = f"curriculum={name!r} is one stage; {' and '.join(SHARES)} of a model with a pool have several"
+    if stages and (not pool or name not in CURRICULA):
+        rule = f"curriculum={name!r} is one stage; {', '.join(CURRICULA)} of a model with a pool have several"
         raise ValueError(f"stages.{next(iter(stages))}={next(iter(stages.values()))}: {rule}")
     if not pool:
         if name not in ("default", "plain"):
             raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
         rows: tuple[Stage, ...] = (Stage("plain", steps=None, start=Knobs()),)
-    elif name in SHARES:
-        rows = _timed(dict(zip((s.name for s in STAGES), SHARES[name], strict=True)) | dict(_known_stages(stages or {})), steps)
+    elif name in CURRICULA:
+        every, usual = CURRICULA[name]
+        parts = dict(zip((stage.name for stage in every), usual, strict=True))
+        rows = _timed(every, parts | dict(_known_stages(stages or {}, parts)), steps)
     elif name == "fixed":
         rows = (replace(STAGES[0], name="fixed"),)
     elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
         rows = (STAGES[known.index(name)],)
     else:
-        raise ValueError(f"curriculum={name!r}: there are {', '.join([*SHARES, 'fixed', *known])}")
+        raise ValueError(f"curriculum={name!r}: there are {', '.join([*CURRICULA, 'fixed', *known])}")
     found = Curriculum(rows).with_knobs(knobs or {})
     if pool and config is not None:
         _check_fit(found, config)
@@ -219,17 +236,16 @@ def _check_fit(found: Curriculum, config: BrianConfig) -> None:
                 raise ValueError(f"knobs.{stage.name}.top_k={knobs.top_k}: must lie in 1 … model.route_top_k={config.route_top_k}")
 
 
-def _known_stages(parts: Mapping[str, float]) -> Mapping[str, float]:
-    names = [stage.name for stage in STAGES]
+def _known_stages(parts: Mapping[str, float], names: Mapping[str, float]) -> Mapping[str, float]:
     for name, part in parts.items():
         if name not in names or not 0 <= part < math.inf:
             raise ValueError(f"stages.{name}={part}: stages are {', '.join(names)}, their parts finite and not negative")
     return parts
 
 
-def _timed(parts: dict[str, float], steps: int) -> tuple[Stage, ...]:
+def _timed(stages: tuple[Stage, ...], parts: dict[str, float], steps: int) -> tuple[Stage, ...]:
     """Give each stage its part of the run, leaving out those that have none; the last is open-ended."""
-    kept = [stage for stage in STAGES if parts[stage.name] > 0]
+    kept = [stage for stage in stages if parts[stage.name] > 0]
     total = sum(parts[stage.name] for stage in kept)
     if not kept:
         raise ValueError(f"stages: every part of the curriculum is 0, so there is nothing to train; it has {', '.join(parts)}")

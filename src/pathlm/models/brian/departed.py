@@ -28,13 +28,12 @@ class Departed:
     steps: int
 
 
-def block_in_turn(last: Any, steps: Any, step: int, blocks: int) -> Any:
-    """Return the block that makes a token's row at `step` when it left after `steps` from block `last`: in order, the last one for ever.
+def block_in_turn(last_n: Any, steps: int, step: int, blocks: int) -> Any:
+    """Return the blocks that make the rows of tokens at `step` that left after `steps` from `last_n`: in order, the last one for ever.
 
-    Takes numbers or tensors. It depends on the token alone, so that its rows are the same whoever is still in the pool.
+    Takes and returns a tensor or an array. It depends on the token alone, so that its rows are the same whoever is still in the pool.
     """
-    turn = last + 1 + step - steps
-    return turn.clamp(max=blocks - 1) if isinstance(turn, Tensor) else min(turn, blocks - 1)
+    return (last_n + 1 + step - steps).clip(max=blocks - 1)
 
 
 def refreshed(pool: Any, blocks: list[Any], departed: list[Departed], step: int) -> tuple[Tensor, Tensor]:

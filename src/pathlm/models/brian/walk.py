@@ -107,7 +107,7 @@ def _refresh(
 ) -> None:  # fmt: skip
     """Make the rows of tokens that left together after `steps` anew for every step they did not take."""
     for step in range(steps, rows.key_BRGK.shape[1]):
-        block_n = block_in_turn(torch.from_numpy(place_n - 1), steps, step, len(blocks)).numpy()
+        block_n = block_in_turn(place_n - 1, steps, step, len(blocks))
         for number in np.unique(block_n).tolist():
             mine = np.flatnonzero(block_n == number)
             x_nD, row = h_nD.index_select(0, _index(mine, h_nD)), _index(row_n[mine], h_nD)
