@@ -68,7 +68,8 @@ def start_of(config, corpus, folder):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_recipe_trains(name, corpus, tmp_path):
     config = load(name)
-    stages = 5 if config.curriculum == "default" and config.preset.startswith("brian") else 4 if config.curriculum == "route" else 2
+    routed = config.preset.startswith("brian")
+    stages = {"default": 5, "route": 4, "joint": 3}.get(config.curriculum, 2) if routed else 2
     short = [
         f'out="{tmp_path}"', f"steps={stages}", "batch_tokens=512", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2",
         "log_every=1",        "data.length=64", "optim.warmup_steps=0", "optim.decay_steps=0", 'optim.schedule="cosine"',
