@@ -199,6 +199,16 @@ def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
     assert found[found["frequency"]["rule"]]["loss"] == found["frequency"]["loss"]
 
 
+def test_depth_may_be_dealt_by_difficulty_either_way(model, corpus, records):
+    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
+    difficulty = np.random.default_rng(3).exponential(size=len(records))
+    found = controls(model, corpus, "validation", records, frequency, difficulty_N=difficulty, draws=50, context=16)
+    for name, way in (("hard_deep", 1), ("easy_deep", -1)):
+        depth = np.empty_like(records.steps)
+        depth[np.argsort(way * difficulty)] = np.sort(records.steps)
+        assert found[name]["loss"] == pytest.approx(route_table(model, corpus, context=16, depths=depth).loss.mean(dtype=np.float64))
+
+
 def test_frequencies_are_those_of_the_training_split(corpus):
     count = token_frequency(corpus, vocabulary=VOCABULARY)
     every = np.concatenate(corpus.data["train"]).tolist()

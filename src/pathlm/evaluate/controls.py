@@ -47,6 +47,7 @@ def controls(
     records: RouteRecords,
     frequency_V: np.ndarray,
     *,
+    difficulty_N: np.ndarray | None = None,
     draws: int = DRAWS,
     seed: int = 0,
     **options: Any,
@@ -54,9 +55,10 @@ def controls(
     """Let the same model leave the pool by rules that know nothing of the text, with the steps that `records` tell of.
 
     `random` deals the same steps out at random (the mean of several deals), `static` gives everybody the mean, `rare_deep` and
-    `frequent_deep` go by how frequent a token is; `frequency` repeats the better of these two on this very split, which flatters it. Each
-    has its score and `excess`: its loss minus the routed model's, with the interval over documents. The blocks stay the router's choice.
-    `options` are those of `route_table`, as they were for `records`.
+    `frequent_deep` go by how frequent a token is; `frequency` repeats the better of these two on this very split, which flatters it.
+    With `difficulty_N`, an independent model's losses, `hard_deep` and `easy_deep` go by these: they know what follows, so they are no
+    rules for use, but they say whether depth belongs to what is hard. Each has its score and `excess`: its loss minus the routed model's,
+    with the interval over documents. The blocks stay the router's choice. `options` are those of `route_table`, as they were for `records`.
     """
     steps_N, frequency_N = records.steps, frequency_V[records.token]
     rules = {
@@ -65,6 +67,9 @@ def controls(
         "rare_deep": [frequency_depths(steps_N, frequency_N, rare_deep=True, seed=seed)],
         "frequent_deep": [frequency_depths(steps_N, frequency_N, rare_deep=False, seed=seed)],
     }
+    if difficulty_N is not None:
+        rules["hard_deep"] = [frequency_depths(steps_N, -difficulty_N, rare_deep=True, seed=seed)]
+        rules["easy_deep"] = [frequency_depths(steps_N, -difficulty_N, rare_deep=False, seed=seed)]
     results: dict[str, dict[str, Any]] = {}
     for name, deals in rules.items():
         tables = [route_table(model, corpus, split, depths=depth_N, **options) for depth_N in deals]

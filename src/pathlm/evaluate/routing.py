@@ -150,7 +150,9 @@ def run(
     options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
     settings = {"context": context, "stride": stride, "draws": draws, "seed": seed}
     losses, beside = _plain_losses(against, data, split, device=device, console=console, **options)
-    with bar(console, "routes", total=(len(budgets) + 3 + PASSES) * sum(record.tokens - 1 for record in chosen)) as advance:
+    with bar(
+        console, "routes", total=(len(budgets) + 3 + PASSES + 2 * (losses is not None)) * sum(record.tokens - 1 for record in chosen)
+    ) as advance:
         options |= {"draws": draws, "seed": seed, "progress": advance}
         found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, **options)
     if beside is not None:
@@ -219,7 +221,7 @@ def _measured(
     result: dict[str, Any] = {
         "routed": asdict(records.score()),
         "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
-        "controls": controls(model, corpus, split, records, frequency_V, **drawn, **options),
+        "controls": controls(model, corpus, split, records, frequency_V, difficulty_N=beside, **drawn, **options),
         "gain": measured_gain(model, corpus, split, records, frequency_V, **drawn, **options),
         "difficulty": None,
     }
