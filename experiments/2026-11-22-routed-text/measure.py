@@ -1,8 +1,8 @@
-"""Measure the runs of run.sh on the test split and write results.json: losses, budgets, controls, difficulty and depth, by seed."""
+"""Measure the runs of run.sh or run-joint.sh on the test split: losses, budgets, controls, gain, difficulty and depth, by seed."""
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -12,35 +12,47 @@ from pathlm.evaluate.lm import score
 from pathlm.evaluate.routing import run
 from pathlm.text.corpus import Corpus
 
-BUDGETS = (0.5, 0.625, 0.75, 0.875, 1.0)
+BUDGET = 0.625
 
 
-def main(runs: Path, corpus: Path, tokens: int) -> None:
-    """Measure each seed's routed model beside plain models of 6 and 4 blocks; difficulty comes from the 6 blocks of another seed."""
+def main() -> None:
+    """Measure each seed's routed model beside plain models of other depths; difficulty comes from the 6 blocks of another seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 4])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.625, 0.75, 0.875, 1.0])
+    parser.add_argument("--results", type=Path, default=Path("results.json"))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    found, data = [], Corpus.open(corpus)
-    for seed in (0, 1, 2):
+    found, data = [], Corpus.open(options.corpus)
+    plain = [f"plain{blocks}" for blocks in options.blocks]
+    for place, seed in enumerate(options.seeds):
+        other = options.seeds[(place + 1) % len(options.seeds)]
         routed = run(
-            runs / f"routed-{seed}",
-            corpus,
+            options.runs / f"routed-{seed}",
+            options.corpus,
             "test",
-            against=runs / f"plain6-{(seed + 1) % 3}",
-            budget=0.625,
-            budgets=BUDGETS,
-            max_tokens=tokens,
+            against=options.runs / f"plain6-{other}",
+            budget=BUDGET,
+            budgets=options.budgets,
+            max_tokens=options.tokens,
+            plot=options.results.with_name(f"{options.results.stem}-{seed}.svg"),
         )
-        one = {"seed": seed} | {name: routed[name] for name in ("routed", "budgets", "controls", "difficulty")}
-        for name in ("plain6", "plain4"):
-            model, _ = pathlm.load(runs / f"{name}-{seed}" / "checkpoints" / "best")
-            one[name] = score(model, data, "test", context=256, stride=128, max_tokens=tokens).loss
+        one = {"seed": seed} | {name: routed[name] for name in ("routed", "budgets", "controls", "gain", "difficulty")}
+        for name in plain:
+            model, _ = pathlm.load(options.runs / f"{name}-{seed}" / "checkpoints" / "best")
+            one[name] = score(model, data, "test", context=256, stride=128, max_tokens=options.tokens).loss
         found.append(one)
-        print(f"seed {seed}: routed {one['routed']['loss']:.4f} at {one['routed']['block_evaluations']:.2f} blocks, "
-              f"plain 6 {one['plain6']:.4f}, plain 4 {one['plain4']:.4f}", flush=True)  # fmt: skip
-    for name in ("plain6", "plain4"):
+        beside = ", ".join(f"{name} {one[name]:.4f}" for name in plain)
+        print(f"seed {seed}: routed {one['routed']['loss']:.4f} at {one['routed']['block_evaluations']:.2f} blocks, {beside}", flush=True)
+    for name in plain:
         values = [one["routed"]["loss"] / one[name] for one in found]
         print(f"routed ÷ {name}: {statistics.mean(values):.4f}, {min(values):.4f} to {max(values):.4f}")
-    (Path(__file__).parent / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    options.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main()

@@ -164,7 +164,7 @@ STAGES = (
     ),
 )
 """One row per stage. How long each lasts is the curriculum's matter."""
-DROPPING = Knobs(random_depth=0.3)
+DROPPING = Knobs(random_depth=0.3, difficulty_rate=0.01)
 SHEDDING = replace(DROPPING, probe_share=0.05, exit=0.03, budget=1.0)
 SHED = replace(SHEDDING, random_depth=0.0, budget=0.625)
 JOINT = (
