@@ -1,7 +1,6 @@
 """Does larger k need more layers? Plain decoders of several depths, trained alike on a task that is asked in order of k.
 
-    OMP_NUM_THREADS=1 python layers.py runs/known-depth-shared.json --shared --layers 1 2 3 4 5 6 7 8
-    OMP_NUM_THREADS=1 python layers.py runs/known-depth-plain.json --layers 1 2 3 4 --largest 4 --steps 1500
+    OMP_NUM_THREADS=1 python layers.py runs/known-depth-layers.json --layers 1 2 3 4 --steps 2000 --patience 600 --largest 3
 
 With `--shared` all layers have the same weights, so that models of every depth have equally many parameters. The next k is asked when four
 of five questions about the largest are answered, or after `--patience` steps; every model reads the same number of tokens.

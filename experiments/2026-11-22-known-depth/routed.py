@@ -1,9 +1,10 @@
 """Can a router learn how many hops a question needs? Pool blocks, visited once for every hop.
 
-    OMP_NUM_THREADS=1 python routed.py runs/known-depth-routed.json --seed 0
+    OMP_NUM_THREADS=1 python routed.py runs/known-depth-two-0.json --seed 0
 
 First every token takes as many steps as it needs (k for a question, 1 elsewhere; `off` of the questions a drawn number), in order of k and
-on small maps first. Then the router takes over, from a growing share of the tokens to all of them. The gain is measured from the start.
+on small maps first. When the router alone answers most questions right it takes over, from a growing share of the batches to all of them.
+The gain is measured from the start. Blocks are equal until all k are asked.
 """
 
 import argparse
