@@ -64,10 +64,10 @@ def test_commands_and_their_options_stay_as_published():
         "train": "recipe overrides resume",
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
         "routes against budgets plot budget device",
-        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget device",
+        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget mmap device",
         "trace": "folder texts files whole budget out device",
         "presets": "",
-        "convert": "folder out to wrap_as overrides",
+        "convert": "places to wrap_as tokenizer overrides",
         "bench": "name arguments",
     }
     assert {name: " ".join(options_of(name)) for name in COMMANDS} == published
@@ -77,7 +77,7 @@ def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
     from pathlm import bench, config, demo, evaluate, generate, trace, train
     from pathlm.evaluate import harness, routing
-    from pathlm.models.brian import convert
+    from pathlm.models import convert
     from pathlm.text import prepare
 
     homes = {

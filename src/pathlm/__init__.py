@@ -15,6 +15,7 @@ _HOMES = {
     "BrianForCausalLM": "pathlm.models.brian.modeling",
     "BrillmConfig": "pathlm.models.brillm.configuration",
     "BrillmForCausalLM": "pathlm.models.brillm.modeling",
+    "from_brillm": "pathlm.models.brillm.convert",
     "from_llama": "pathlm.models.brian.convert",
     "wrap": "pathlm.models.brian.convert",
     "preset": "pathlm.models.library",

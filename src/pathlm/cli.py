@@ -170,6 +170,7 @@ def generate(
     batch: Annotated[int, typer.Option(help="Prompts continued at once.")] = 8,
     stop_at_end: Annotated[bool, typer.Option(help="Stop where the model ends its text.")] = True,
     budget: Budget = None,
+    mmap: Annotated[bool, typer.Option("--mmap", help="Leave the weights of a signal graph on disk; read those of each step.")] = False,
     device: Device = None,
 ) -> None:
     """Continue texts, streaming them as they are written."""
@@ -177,7 +178,7 @@ def generate(
 
     run(
         folder, read_prompts(prompts or (), files or (), whole=whole), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, device=device, console=Console(),
+        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, mmap=mmap, device=device, console=Console(),
     )  # fmt: skip
 
 
@@ -220,22 +221,22 @@ def presets_() -> None:
 
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="A folder with a saved model.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[Literal["brian", "llama"], typer.Option("--to", help="What the model becomes.")] = "brian",
+    places: Annotated[list[Path], typer.Argument(metavar="FOLDER OUT | brillm WEIGHTS VOCAB FREQUENCY OUT", show_default=False)],
+    to: Annotated[Literal["brian", "llama", "released"], typer.Option("--to", help="What the model becomes.")] = "brian",
     wrap_as: Annotated[
         str | None, typer.Option("--wrap", metavar="PRE/POOL/POST", help="Route it: so many blocks before, in and after the pool.")
     ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="With brillm: the JSON file of the vocabulary's BPE.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="With --wrap: a field of the pool, e.g. max_route_steps=12.")
     ] = None,
 ) -> None:
-    """Turn a Llama checkpoint into a plain decoder or back, or either into a routed model that computes the same."""
+    """Turn a Llama checkpoint into a plain or routed decoder of ours, or the files of a released BriLLM into a signal graph; and back."""
     from pathlm.evaluate.checkpoint import no_progress_bars
-    from pathlm.models.brian.convert import convert as body
+    from pathlm.models.convert import convert as body
 
     with no_progress_bars():
-        written = body(folder, out, to=to, wrap_as=wrap_as, overrides=overrides or ())
+        written = body(places, to=to, wrap_as=wrap_as, tokenizer=tokenizer, overrides=overrides or ())
     Console().print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -45,20 +45,25 @@ def run_record(folder: Path | str) -> dict[str, Any]:
     return {}
 
 
-def open_model(folder: Path | str, *, device: str | None = None, budget: float | None = None) -> tuple[Any, Any]:
+def open_model(folder: Path | str, *, device: str | None = None, budget: float | None = None, mmap: bool = False) -> tuple[Any, Any]:
     """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation.
 
-    With a `budget` every forward pass is told of it (see `check_budget`). Raises `ValueError` for a folder without a model, damaged
+    With a `budget` every forward pass is told of it (see `check_budget`). With `mmap` the weights of a signal graph stay on disk, and
+    `device` can only be the CPU. Raises `ValueError` for a folder without a model, damaged
     weights, a `device` that is not here, and a budget that the model was not trained for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pathlm.models import open_mapped
+
     check_share(budget)
     place = find_checkpoint(folder)
-    where = _device(device)
+    if mmap and device not in (None, "cpu"):
+        raise ValueError(f"device={device!r}: with mmap the weights stay on disk, for the cpu to read")
+    where = _device("cpu" if mmap else device)
     try:
         with no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+            model: Any = open_mapped(place) if mmap else AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
     except SafetensorError as error:
         raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
     model = model.to(where).eval()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 FAMILIES = ("brian", "brillm")
 
@@ -23,3 +25,14 @@ def family(model_type: str) -> ModuleType:
     if isinstance(package.curriculum, ModuleType):
         package.curriculum = package.curriculum.curriculum  # type: ignore[attr-defined]
     return package
+
+
+def open_mapped(folder: Path | str) -> Any:
+    """Return the signal graph saved in `folder`, its weights left on disk. Raises `ValueError` for a model of another family."""
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(folder).model_type
+    package = family(kind) if kind in FAMILIES else None
+    if package is None or not hasattr(package, "open_mapped"):
+        raise ValueError(f"mmap=True: a {kind} model reads all its weights for every token; only a signal graph (brillm) can stay on disk")
+    return package.open_mapped(folder)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pathlm.config import build_strict
-from pathlm.models import FAMILIES, family
+from pathlm.models import FAMILIES, family, open_mapped
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,23 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     return family(config.model_type).Model(config)
 
 
-def load(folder: Path | str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: Path | str, *, mmap: bool = False, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and the tokenizer saved in `folder`, ready for evaluation. A Llama checkpoint becomes a plain decoder.
 
-    `options` go to `from_pretrained`, for instance `dtype=torch.float32`. Raises `ValueError` when the folder holds no model.
+    `mmap` leaves the weights of a signal graph on disk: it opens at once, reads what each step needs, and cannot be trained. `options` go
+    to `from_pretrained`, for instance `dtype=torch.float32`. Raises `ValueError` when the folder holds no model.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"folder={str(folder)!r}: holds no config.json, so no model was saved there")
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type == "llama":
+    if mmap and options:
+        raise ValueError(f"mmap=True: the weights stay as they are on disk; leave {', '.join(options)} out")
+    if mmap:
+        model: PreTrainedModel = open_mapped(folder)
+    elif config.model_type == "llama":
         from pathlm.models.brian.convert import from_llama
 
-        model: PreTrainedModel = from_llama(folder, **options)
+        model = from_llama(folder, **options)
     else:
         family(config.model_type)
         model = AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -16,6 +16,7 @@ _HOMES = {
     "Knobs": ("curriculum", "Knobs"),
     "curriculum": ("curriculum", "curriculum"),
     "from_rows": ("modeling", "from_rows"),
+    "open_mapped": ("mapped", "open_mapped"),
     "param_groups": ("optim", "param_groups"),
     "paths": ("tracing", "paths"),
     "start_from": ("modeling", "start_from"),
