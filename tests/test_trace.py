@@ -291,3 +291,41 @@ def test_the_generate_command_takes_a_budget(folder):
     assert shown.stdout == "The" + run(folder, ["The"], budget=0.3, temperature=0, max_new_tokens=12)[0] + "\n"
     assert "budget=0.2: must lie between 0.25 and 1" in command("generate", folder, "The", "--budget", "0.2").stderr
     assert "budget=7.0: must lie above 0" in command("generate", "nowhere", "The", "--budget", "7").stderr
+
+
+def signal_path():
+    """A sentence of three nodes: the second is where most energy arrived, the third is not."""
+    second = Step(
+        "the", 2.0, (("a", 1.5), ("7 nodes without an edge of their own", 0.25)), (("signal", 1.5), ("bias", 0.7), ("position", -0.2))
+    )
+    parts = (("step:1", 0.2), ("bias", 0.5), ("position", 0.2), ("earlier", 0.1))
+    return Path("brillm", "we the\npeople", (Step("we ", 0.0), second, Step("\npeople", 1.0, (("cat", 3.0),), parts)))
+
+
+def test_a_signal_is_shown_a_line_per_node_with_what_its_energy_is_made_of():
+    shown = printed([[signal_path()]], width=140)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[1] == "0 we· – the initial signal starts here"
+    assert lines[2] == "1 the ██████ 2.000 +0.500 we·(0) 75% bias 35% position -10% a 1.500 7 nodes without an edge of their own 0.250"
+    assert lines[3] == "2 ⏎people ███ 1.000 -2.000 bias 50% the(1) 20% position 20% 1 other 10% cat 3.000"
+    assert (
+        "we the[⏎people]" in shown
+        and "1 most energy" in shown
+        and "1 others had more of 2 steps; margin -0.750 on average" in " ".join(lines)
+    )
+    assert all(cell_len(line) <= 60 for line in printed([[signal_path()]] * 2, width=60).splitlines())
+
+
+def test_the_command_shows_the_signals_of_a_graph_and_writes_their_parts(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = pathlm.build(pathlm.preset("brillm-tiny", vocab_size=300, edges=3_000, bos_token_id=0))
+    model.save_pretrained(tmp_path / "graph")
+    tokenizer.save_pretrained(tmp_path / "graph")
+    done = command("trace", tmp_path / "graph", *TEXTS, "--out", tmp_path / "paths.jsonl")
+    assert done.exit_code == 0 and "the initial signal starts here" in " ".join(done.stdout.split()) and "[2/2]" in done.stdout
+    for text, path in zip(TEXTS, read_paths(tmp_path / "paths.jsonl"), strict=True):
+        assert path.text.endswith(text) and len(path.steps) == 1 + len(tokenizer.encode(text))
+        for step in path.steps[1:]:
+            assert sum(number for _, number in step.parts) == pytest.approx(step.score, abs=1e-5)
+            for (_, energy), numbers in zip(step.rivals, step.rival_parts, strict=True):
+                assert sum(numbers) == pytest.approx(energy, abs=1e-5)

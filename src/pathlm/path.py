@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +16,19 @@ class Step:
     node: str
     """`"block:3"`, `"block:3+block:5"` where two were visited at once, `"exit"`, or the token `"cat"`."""
     score: float
-    """Router probability, or share of the signal's energy; 1 where there was no choice."""
+    """Router probability, 1 where there was no choice (BRIAN); energy with which the signal arrived, 0 at the first node (BriLLM)."""
     rivals: tuple[tuple[str, float], ...] = ()
-    """Other nodes with their scores, best first."""
+    """Other nodes with their scores, best first. Nodes that are tied because no edge of their own leads there are one line (BriLLM)."""
+    parts: tuple[tuple[str, float], ...] = ()
+    """What the score is the sum of, exactly (BriLLM): `"signal"` is what the first node sent out, `"step:3"` what arrived at the path's
+    step 3, `"earlier"` what came before those, `"bias"` the edge's own, `"position"` the position's."""
+    rival_parts: tuple[tuple[float, ...], ...] = ()
+    """The same of each rival's score, in the order of `rivals` and of `parts`."""
+
+    @property
+    def margin(self) -> float | None:
+        """By how much the score exceeds that of the first rival, negative where it does not; None where there is none."""
+        return self.score - self.rivals[0][1] if self.rivals else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +58,33 @@ class Path:
 
     def to_json(self) -> str:
         """Return the path as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        row = asdict(self)
+        for step in row["steps"]:
+            for name in ("parts", "rival_parts"):
+                if not step[name]:
+                    del step[name]
+        return json.dumps(row, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Path:
         """Read what `to_json` wrote. Raises `ValueError` naming what is wrong with the line."""
         try:
             row = json.loads(line)
-            steps = tuple(Step(s["node"], float(s["score"]), tuple((str(n), float(e)) for n, e in s["rivals"])) for s in row["steps"])
+            steps = tuple(_step(step) for step in row["steps"])
             path = cls(str(row["family"]), str(row["text"]), steps, int(row.get("first", 0)))
             if not 0 <= path.first <= len(steps):
                 raise ValueError(f"first={path.first} of {len(steps)} steps")
             return path
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a path record ({error!r}): {line[:80]!r}") from error
+
+
+def _step(row: dict[str, Any]) -> Step:
+    rivals, parts = (tuple((str(name), float(number)) for name, number in row.get(key, ())) for key in ("rivals", "parts"))
+    of_rivals = tuple(tuple(map(float, numbers)) for numbers in row.get("rival_parts", ()))
+    if of_rivals and [len(numbers) for numbers in of_rivals] != [len(parts)] * len(rivals):
+        raise ValueError(f"rival_parts of {row['node']!r} must be {len(parts)} numbers for each of {len(rivals)} rivals")
+    return Step(row["node"], float(row["score"]), rivals, parts, of_rivals)
 
 
 def write_paths(file: File | str, paths: Iterable[Path]) -> None:

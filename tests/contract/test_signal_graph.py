@@ -174,9 +174,9 @@ def test_a_path_is_the_sentence_with_its_energies_and_rivals() -> None:
     step = found[0].steps[2]
     energies = out.logits[0, 1]
     assert step.score == pytest.approx(float(energies[1])) and found[0].steps[0].score == 0 and found[0].steps[0].rivals == ()
-    others = sorted((-float(e), node) for node, e in enumerate(energies) if node != 1)
-    assert [name for name, _ in step.rivals] == [chr(97 + node) for _, node in others]
-    assert [e for _, e in step.rivals] == pytest.approx([-e for e, _ in others])
+    assert [name for name, _ in step.rivals] == ["c", "4 nodes without an edge of their own"], "b has edges to b and c"
+    assert [e for _, e in step.rivals] == pytest.approx([float(energies[2]), float(energies[0])])
+    assert step.margin == pytest.approx(float(energies[1] - energies[2]))
     assert found[2].steps[1].score == pytest.approx(float(out.logits[1, 1, 1])), "padding lies between"
     assert out.trace.row_BT[0].tolist() == [0, *model.graph.edges.lookup(ids[0, :3], ids[0, 1:4]).tolist(), 0, 0]
     with pytest.raises(ValueError, match="trace=True"):

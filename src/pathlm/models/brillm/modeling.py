@@ -20,7 +20,7 @@ from pathlm.models.brillm.edges import SHARED, Edges, count_rows
 from pathlm.models.brillm.energy import Arrivals, Graph, Ledger, cross_entropy, draw_rivals, energies, read_edges
 from pathlm.models.brillm.memory import BrillmCache
 from pathlm.models.brillm.positions import Places
-from pathlm.models.brillm.tracing import Trace
+from pathlm.models.brillm.tracing import Trace, Walk
 from pathlm.models.losses import IGNORE
 from pathlm.models.output import PathOutput
 
@@ -138,7 +138,8 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         decoding = released and memory is not None
         target_BT = None if labels is None else _next_labels(labels, input_ids.shape)
         with torch.autocast(input_ids.device.type, enabled=False):
-            places, row_BT, signal_BTD, ledger = self._walk(input_ids, memory, attention_mask, document_ids, initial_signal, decoding)
+            walk, ledger = self._walk(input_ids, memory, attention_mask, document_ids, initial_signal, decoding)
+            places, signal_BTD = walk.places, walk.signal_BTD
             loss: Tensor | None = None
             metrics: dict[str, Tensor] = {}
             if target_BT is not None:
@@ -151,7 +152,10 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
                 if trace:
                     kept_BT[:] = True
                 logits_BTV = self._logits(input_ids, places, signal_BTD, kept_BT, decoding)
-        found = Trace.of(input_ids, places, row_BT, signal_BTD, logits_BTV) if trace else None
+        found = None
+        if trace:
+            place_BTD = positions.vectors(places.number_BT + int(not decoding), self.config, signal_BTD.dtype)
+            found = Trace.of(self.signal_graph, input_ids, walk, place_BTD, logits_BTV)
         if trace and logits_BTV is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits_BTV = logits_BTV[:, kept]
@@ -162,6 +166,13 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         """What scoring reads."""
         graph = self.graph
         return Graph(graph.edges, graph.weight, graph.bias, self.config.train_shared, self.row_gradients)
+
+    def signals(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, initial_signal: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the signal as it leaves each token (B, T, D), and the positional vector that is added on its next edge (B, T, D)."""
+        walk, _ = self._walk(input_ids, None, attention_mask, None, initial_signal, False)
+        return walk.signal_BTD, positions.vectors(walk.places.number_BT + 1, self.config, walk.signal_BTD.dtype)
 
     def flops_per_token(self, length: int) -> float:
         """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
@@ -206,8 +217,8 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         document_ids: Tensor | None,
         initial_signal: Tensor | None,
         decoding: bool,
-    ) -> tuple[Places, Tensor, Tensor, Ledger]:
-        """Carry the signal along the edges that the text takes; return it as it leaves each token (B, T, D), and the edges' rows (B, T)."""
+    ) -> tuple[Walk, Ledger]:
+        """Carry the signal along the edges that the text takes."""
         past = memory.get_seq_length() if memory is not None else 0
         document_BT = _documents(token_BT, past, attention_mask, document_ids)
         last = memory.memory.last() if memory is not None else None
@@ -221,23 +232,25 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         learned = getattr(self.graph, "position_weight", self.graph.bias.new_ones(1))
         share_BT = positions.shares((places.number_BT - 1).clamp(min=0), learned, self.config) * along_BT
         first_BTD = self._first_signals(token_BT, initial_signal)
-        state_BD = first_BTD.new_zeros(first_BTD[:, 0].shape) if last is None else last[0]
-        signals = []
+        before_BD = state_BD = first_BTD.new_zeros(first_BTD[:, 0].shape) if last is None else last[0]
+        signals, outputs = [], []
         # One column at a time, and only columns that anything happens in: a text's own path is all that is sequential.
         starts, goes = places.starts_BT.any(0).tolist(), along_BT.any(0).tolist()
         parts = zip(weight_BTDD.unbind(1), added_BTD.unbind(1), share_BT.unbind(1), first_BTD.unbind(1), strict=True)
         for t, (weight_BDD, added_BD, share_B, first_BD) in enumerate(parts):
+            h_BD = first_BD
             if goes[t]:
                 h_BD = F.gelu(torch.baddbmm(added_BD[..., None], weight_BDD, state_BD[..., None])[..., 0])
                 state_BD = torch.lerp(state_BD, h_BD, share_B[:, None])
             if starts[t]:
                 state_BD = torch.where(places.starts_BT[:, t, None], first_BD, state_BD)
             signals.append(state_BD)
+            outputs.append(h_BD)
         signal_BTD = torch.stack(signals, dim=1)
         if memory is not None:
             newest_BT = torch.where(places.present_BT, token_BT, places.before_BT)
             memory.memory.write(signal_BTD.detach(), newest_BT, places.number_BT, places.document_BT)
-        return places, row_BT, signal_BTD, ledger
+        return Walk(places, row_BT, signal_BTD, outputs, first_BTD, share_BT, before_BD), ledger
 
     def _first_signals(self, token_BT: Tensor, initial_signal: Tensor | None) -> Tensor:
         """Return the signal (B, T, D) that would leave each token if a text began with it."""

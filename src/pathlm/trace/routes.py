@@ -1,84 +1,21 @@
-"""`pathlm trace`: the path of every token of a text, on a terminal and as JSON lines, for models of every family."""
+"""Routes on a terminal: a line per token, in the colours of its route steps."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path as File
-from typing import Any
 
-import torch
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model
-from pathlm.generate import context_of, encode_prompt
-from pathlm.path import Path, Step, write_paths
+from pathlm.path import Path, Step
+from pathlm.trace.words import fitted, label, readable
 
 COLOURS = ("#8ecae6", "#b7e4c7", "#e9f5a5", "#ffe066", "#ffb870", "#ff8a80")
 """From few steps to many; dark text is readable on all of them."""
 BAR = 8
 """Cells of the bar of the longest path."""
-TOKEN = 24
-"""Cells of a token at most, in the table."""
-_MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x1b": "␛", "\x00": "␀"}
-
-
-def run(
-    folder: File | str,
-    texts: Sequence[str] = ("",),
-    *,
-    budget: float | None = None,
-    out: File | str | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> list[list[Path]]:
-    """Read texts with the model of a run, checkpoint or Hugging Face folder; return the paths of each text's tokens.
-
-    A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take. With a
-    console the paths are printed on it, a line per token; `out` names a file for them, a `Path` record a line, one text after the other.
-    Raises `ValueError` for a model that tells no paths, a text longer than its context, and a budget that it was not trained for.
-    """
-    check_share(budget)
-    if out is not None and not File(out).parent.is_dir():
-        raise FileNotFoundError(f"out={str(out)!r}: the folder {str(File(out).parent)!r} does not exist")
-    model, tokenizer = open_model(folder, device=device)
-    if tokenizer is None:
-        raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
-    found = trace(model, tokenizer, texts, budget=budget)
-    if out is not None:
-        write_paths(out, (path for paths in found for path in paths))
-    if console is not None:
-        show(found, console)
-        if out is not None:
-            console.print(f"{sum(map(len, found)):,} paths written to {out}", style="dim", highlight=False, soft_wrap=True)
-    return found
-
-
-def trace(model: Any, tokenizer: Any, texts: Sequence[str], *, budget: float | None = None) -> list[list[Path]]:
-    """Return, per text, the path of every token, its start token first. Raises `ValueError` as `run` does."""
-    from pathlm.models import family
-
-    kind = model.config.model_type
-    if kind == "llama":
-        raise ValueError("a Llama model tells no paths; `pathlm convert FOLDER OUT` makes a plain decoder of it, --wrap a routed one")
-    package = family(kind)
-    options = check_budget(model, budget)
-    context, rows = context_of(model), [encode_prompt(tokenizer, text) for text in texts]
-    for number, row in enumerate(rows, start=1):
-        if not row:
-            raise ValueError(f"text {number} is empty, and the tokenizer has no start token")
-        if context is not None and len(row) > context:
-            raise ValueError(f"text {number} has {len(row):,} tokens: the model reads at most max_position_embeddings={context:,}; cut it")
-    found = []
-    with evaluating(model), torch.inference_mode():
-        for row in rows:
-            ids = torch.tensor([row], device=model.device)
-            found.append(package.paths(model(input_ids=ids, use_cache=False, trace=True, **options), tokenizer))
-    return found
 
 
 def show(found: Sequence[Sequence[Path]], console: Console) -> None:
@@ -154,7 +91,7 @@ def table(paths: Sequence[Path], scale: Scale | None = None) -> Table:
         node, score = max(rivals, key=lambda rival: rival[1], default=("", 0.0))
         almost = f"{label(node)} {score:.2f}" if node else ""
         numbers = (scale.bar(steps(path)), str(path.evaluations or "–"), _shaded(path), f"{probability:.3f}")
-        shown.add_row(Text(_fitted(path.text)), *numbers, Text(almost, style="dim"))
+        shown.add_row(Text(fitted(path.text)), *numbers, Text(almost, style="dim"))
     return shown
 
 
@@ -207,36 +144,3 @@ def _shortened(steps: Sequence[Step]) -> str:
         parts.append(f"{names[place]} … {names[end - 1]}" if end - place >= 4 else " → ".join(names[place:end]))
         place = end
     return " → ".join(parts)
-
-
-def label(node: str) -> str:
-    """Return a node's name in short: `B3` for `block:3`, `OUT` for `exit`, a word as it can be read."""
-    if node == "exit":
-        return "OUT"
-    if node.startswith("block:"):
-        return "+".join(f"B{part.removeprefix('block:')}" for part in node.split("+"))
-    return readable(node)
-
-
-def readable(text: str) -> str:
-    """Return a text that does nothing to a terminal: control characters, line ends and invisible ones are shown as signs.
-
-    Right-to-left text is closed by a mark, so that what stands behind it stays in its place.
-    """
-    shown = "".join(_MARKS.get(c) or (c if _is_visible(c) else f"\\u{{{ord(c):x}}}") for c in text)
-    if shown and unicodedata.combining(shown[0]):
-        shown = "◌" + shown
-    return shown + "\u200e" if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in shown) else shown
-
-
-def _is_visible(c: str) -> bool:
-    return c == " " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def _fitted(text: str) -> str:
-    """Return a readable text of at most `TOKEN` cells, with its spaces shown at both ends."""
-    shown = readable(text)
-    inner = shown.strip(" ")
-    begun = len(shown) - len(shown.lstrip(" "))
-    shown = "·" * begun + inner + "·" * (len(shown) - begun - len(inner))
-    return shown if cell_len(shown) <= TOKEN else set_cell_size(shown, TOKEN - 1) + "…"

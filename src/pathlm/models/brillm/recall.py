@@ -1,0 +1,121 @@
+"""Asking a signal graph: which nodes light up at a step, from any start and with any initial signal; and nodes that are no text."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathlm.config import build_strict
+from pathlm.models.brillm.configuration import BrillmConfig
+from pathlm.models.brillm.edges import Edges, count
+from pathlm.models.brillm.modeling import BrillmForCausalLM
+
+# Shapes: T steps, K nodes, D width of the signal
+
+AT_ONCE = 2**22
+"""Numbers of edges that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a graph by their names, which may be anything: words, patches of a picture, places. A tokenizer for `pathlm.trace`."""
+
+    names: tuple[Hashable, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[Hashable] = set()
+        for name in self.names:
+            if name in seen:
+                raise ValueError(f"names: {name!r} stands there twice")
+            seen.add(name)
+        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.names)})
+
+    @classmethod
+    def of(cls, walks: Iterable[Iterable[Hashable]]) -> Nodes:
+        """Return the nodes of some paths in the order in which they first come."""
+        return cls(tuple(dict.fromkeys(name for walk in walks for name in walk)))
+
+    def ids(self, names: Iterable[Hashable]) -> list[int]:
+        """Return the numbers of some nodes. Raises `ValueError` for one that does not exist."""
+        numbers: dict[Hashable, int] = self._numbers  # type: ignore[attr-defined]
+        try:
+            return [numbers[name] for name in names]
+        except KeyError as error:
+            raise ValueError(f"node {error.args[0]!r}: is not among the {len(self.names)} nodes of this graph") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the names of some numbers, as `pathlm.models.brillm.tracing.paths` asks for them."""
+        return " ".join(str(self.names[number]) for number in ids)
+
+
+def graph_of(walks: Sequence[Sequence[Hashable]], *, nodes: Nodes | None = None, **options: Any) -> tuple[BrillmForCausalLM, Nodes]:
+    """Return a fresh model whose edges are the pairs of neighbours in some paths over nodes of any names, and those nodes.
+
+    `nodes` sets their order, or adds more of them. `options` are fields of `BrillmConfig`, such as `signal_size` or `min_count`.
+    """
+    nodes = nodes or Nodes.of(walks)
+    config = build_strict(BrillmConfig, {"vocab_size": len(nodes.names)} | options)
+    pairs = (np.array(list(pairwise(ids)), dtype=np.int64).reshape(-1, 2) for ids in map(nodes.ids, walks))
+    edges = Edges.from_counts(count(pairs, len(nodes.names)), len(nodes.names), min_count=config.min_count)
+    return BrillmForCausalLM.from_edges(config, edges), nodes
+
+
+@torch.no_grad()
+def energies_at(model: BrillmForCausalLM, tokens: Sequence[int], nodes: Sequence[int], *, initial_signal: Tensor | None = None) -> Tensor:
+    """Return the energy (T, K) that each of some nodes would have after each of T tokens; only the edges to these nodes are read.
+
+    The first token may be any node. `initial_signal` (D,) is what enters it, by default the configuration's.
+    Raises `ValueError` for an empty path and for nodes that do not exist.
+    """
+    token_T, node_K = _checked(model, "tokens", tokens), _checked(model, "nodes", nodes)
+    signal_TD, place_TD = model.signals(token_T[None], initial_signal=initial_signal)
+    signal_TD, place_TD = signal_TD[0], place_TD[0]
+    graph = model.graph
+    step = max(1, AT_ONCE // max(len(node_K) * model.config.signal_size**2, 1))
+    found = []
+    for first in range(0, len(token_T), step):
+        part = slice(first, first + step)
+        row_NK = graph.edges.lookup(*torch.broadcast_tensors(token_T[part, None], node_K))
+        z_NKD = torch.einsum("nkoi,ni->nko", graph.weight[row_NK], signal_TD[part]) + graph.bias[row_NK] + place_TD[part, None]
+        found.append(torch.linalg.vector_norm(torch.nn.functional.gelu(z_NKD), dim=-1))
+    return torch.cat(found)
+
+
+def recall(
+    model: BrillmForCausalLM,
+    tokens: Sequence[int],
+    *,
+    among: Sequence[int] | None = None,
+    top_k: int = 10,
+    initial_signal: Tensor | None = None,
+) -> list[tuple[int, float]]:
+    """Return the nodes that light up most after part of a path, with their energies, best first and ties by number.
+
+    `among` are the nodes that are asked for, all by default. Raises `ValueError` as `energies_at` does.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1")
+    asked = range(model.config.vocab_size) if among is None else among
+    if among is None:
+        token_T = _checked(model, "tokens", tokens)
+        with torch.no_grad():
+            energy_K = model(token_T[None], initial_signal=initial_signal, use_cache=False, logits_to_keep=1).logits[0, -1]
+    else:
+        energy_K = energies_at(model, tokens, list(among), initial_signal=initial_signal)[-1]
+    order = sorted(zip((-energy_K).tolist(), asked, strict=True))
+    return [(node, -energy) for energy, node in order[:top_k]]
+
+
+def _checked(model: BrillmForCausalLM, name: str, ids: Sequence[int]) -> Tensor:
+    """Return node numbers as a tensor, refusing none and those that do not exist."""
+    found = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+    if found.ndim != 1 or not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < model.config.vocab_size:
+        rule = f"must be at least one number from 0 to vocab_size - 1 = {model.config.vocab_size - 1}"
+        raise ValueError(f"{name}={list(ids)[:8]!r}: {rule}")
+    return found

@@ -1,0 +1,78 @@
+"""`pathlm trace`: the path of every token of a text, on a terminal and as JSON lines, for models of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model
+from pathlm.generate import context_of, encode_prompt
+from pathlm.path import Path, write_paths
+from pathlm.trace import routes, signals
+from pathlm.trace.routes import COLOURS, Scale, cost, route, sentence, steps, table
+from pathlm.trace.words import label, readable
+
+__all__ = ["COLOURS", "Scale", "cost", "label", "readable", "route", "run", "sentence", "show", "steps", "table", "trace"]
+
+
+def run(
+    folder: File | str,
+    texts: Sequence[str] = ("",),
+    *,
+    budget: float | None = None,
+    out: File | str | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> list[list[Path]]:
+    """Read texts with the model of a run, checkpoint or Hugging Face folder; return the paths of each text's tokens.
+
+    A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take. With a
+    console the paths are printed on it, a line per token; `out` names a file for them, a `Path` record a line, one text after the other.
+    Raises `ValueError` for a model that tells no paths, a text longer than its context, and a budget that it was not trained for.
+    """
+    check_share(budget)
+    if out is not None and not File(out).parent.is_dir():
+        raise FileNotFoundError(f"out={str(out)!r}: the folder {str(File(out).parent)!r} does not exist")
+    model, tokenizer = open_model(folder, device=device)
+    if tokenizer is None:
+        raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
+    found = trace(model, tokenizer, texts, budget=budget)
+    if out is not None:
+        write_paths(out, (path for paths in found for path in paths))
+    if console is not None:
+        show(found, console)
+        if out is not None:
+            console.print(f"{sum(map(len, found)):,} paths written to {out}", style="dim", highlight=False, soft_wrap=True)
+    return found
+
+
+def trace(model: Any, tokenizer: Any, texts: Sequence[str], *, budget: float | None = None) -> list[list[Path]]:
+    """Return, per text, the path of every token, its start token first. Raises `ValueError` as `run` does."""
+    from pathlm.models import family
+
+    kind = model.config.model_type
+    if kind == "llama":
+        raise ValueError("a Llama model tells no paths; `pathlm convert FOLDER OUT` makes a plain decoder of it, --wrap a routed one")
+    package = family(kind)
+    options = check_budget(model, budget)
+    context, rows = context_of(model), [encode_prompt(tokenizer, text) for text in texts]
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            raise ValueError(f"text {number} is empty, and the tokenizer has no start token")
+        if context is not None and len(row) > context:
+            raise ValueError(f"text {number} has {len(row):,} tokens: the model reads at most max_position_embeddings={context:,}; cut it")
+    found = []
+    with evaluating(model), torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row], device=model.device)
+            found.append(package.paths(model(input_ids=ids, use_cache=False, trace=True, **options), tokenizer))
+    return found
+
+
+def show(found: Sequence[Sequence[Path]], console: Console) -> None:
+    """Print the paths of some texts: a line per token, and the text in colours; the families differ in what a line tells."""
+    (signals if any(path.family == "brillm" for paths in found for path in paths) else routes).show(found, console)
