@@ -308,11 +308,8 @@ def test_a_signal_is_shown_a_line_per_node_with_what_its_energy_is_made_of():
     assert lines[1] == "0 we· – the initial signal starts here"
     assert lines[2] == "1 the ██████ 2.000 +0.500 we·(0) 75% bias 35% position -10% a 1.500 7 nodes without an edge of their own 0.250"
     assert lines[3] == "2 ⏎people ███ 1.000 -2.000 bias 50% the(1) 20% position 20% 1 other 10% cat 3.000"
-    assert (
-        "we the[⏎people]" in shown
-        and "1 most energy" in shown
-        and "1 others had more of 2 steps; margin -0.750 on average" in " ".join(lines)
-    )
+    assert "we the[⏎people]" in shown
+    assert lines[-1].startswith("1 most energy 1 others had more of 2 steps; margin -0.750 on average")
     assert all(cell_len(line) <= 60 for line in printed([[signal_path()]] * 2, width=60).splitlines())
 
 

@@ -59,6 +59,8 @@ def graph_of(walks: Sequence[Sequence[Hashable]], *, nodes: Nodes | None = None,
 
     `nodes` sets their order, or adds more of them. `options` are fields of `BrillmConfig`, such as `signal_size` or `min_count`.
     """
+    if unknown := sorted(options.keys() - BrillmConfig.__annotations__.keys()):
+        raise ValueError(f"BrillmConfig has no option {', '.join(unknown)}")  # transformers would keep it silently
     nodes = nodes or Nodes.of(walks)
     config = build_strict(BrillmConfig, {"vocab_size": len(nodes.names)} | options)
     pairs = (np.array(list(pairwise(ids)), dtype=np.int64).reshape(-1, 2) for ids in map(nodes.ids, walks))
