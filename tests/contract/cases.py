@@ -104,9 +104,10 @@ def scatter(model: Any) -> None:
 
 @torch.no_grad()
 def unequal(model: Any) -> None:
-    """Let positions differ in their weights, which all start as one."""
-    if hasattr(model.graph, "position_weight"):
-        model.graph.position_weight.normal_()
+    """Let positions, nodes and running signals differ in their weights, many of which start alike."""
+    for name, parameter in model.graph.named_parameters():
+        if name not in ("weight", "bias", "node_bias"):
+            parameter.normal_()
 
 
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
@@ -216,6 +217,11 @@ GRAPHS = (
     Case("few edges", "brillm", {"edges": 300}),
     Case("every pair has an edge", "brillm", {"edges": VOCABULARY**2}),
     Case("frozen shared edge", "brillm", {"train_shared": False}),
+    Case("decay, normalised", "brillm", {"context": "decay", "normalise": True}),
+    Case("decay per node, first signal kept", "brillm", {"context": "node-decay", "keep_initial": True}),
+    Case("last output and mean, gated", "brillm", {"context": "chain+pooled+gated", "trained_positions": 4, "beyond": "hold"}),
+    Case("timescales, first signal kept", "brillm", {"context": "timescales", "timescales": [2, 8.5], "keep_initial": True}),
+    Case("two decays and mean", "brillm", {"context": "decay+decay+pooled", "normalise": True, "keep_initial": True}),
     Case("sampled rivals, all of them", "brillm", {"rivals": VOCABULARY - 1}),
 )
 RELEASED = Case("released", "brillm", {"arithmetic": "released", "positions": "multiplied"})

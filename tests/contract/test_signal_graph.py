@@ -45,7 +45,13 @@ def tiny(**options: Any) -> BrillmForCausalLM:
         ({"vocab_size": 0}, "vocab_size=0: must be at least 1"),
         ({"edges": 1_024**2 + 1}, "edges=1048577: must lie in 0 … vocab_size² = 1048576"),
         ({"edges": -1}, "edges=-1: must lie in"),
-        ({"context": "mean"}, "context='mean': must be one of pooled, chain"),
+        ({"context": "mean"}, "context='mean': must be one of pooled, chain, decay, node-decay, gated, timescales, or several"),
+        ({"context": "chain+"}, r"context='chain\+': must be one of"),
+        ({"context": "pooled+pooled"}, r"context='pooled\+pooled': only decay may come more than once"),
+        ({"context": "chain", "keep_initial": True}, 'keep_initial=True: context="chain" keeps the last output alone'),
+        ({"timescales": [2.0]}, "timescales=.*: context='pooled' has none"),
+        ({"context": "timescales", "timescales": [4, 0.5]}, r"timescales=\[4, 0.5\]: must be numbers of at least 1"),
+        ({"context": "timescales", "timescales": []}, r"timescales=\[\]: must be numbers of at least 1"),
         ({"positions": "learned"}, "positions='learned': must be one of divided, multiplied, none"),
         ({"beyond": "stop"}, "beyond='stop': must be one of continue, hold"),
         ({"arithmetic": "original"}, "arithmetic='original': must be one of published, released"),
@@ -54,6 +60,7 @@ def tiny(**options: Any) -> BrillmForCausalLM:
             {"arithmetic": "released", "positions": "multiplied", "context": "chain"},
             "context='chain': arithmetic=",
         ),
+        ({"arithmetic": "released", "positions": "multiplied", "normalise": True}, "normalise=True: arithmetic="),
         ({"position_scale": 0.0}, "position_scale=0.0: must be positive"),
         ({"rivals": 1_024}, "rivals=1024: must lie in 1 … vocab_size - 1 = 1023"),
         ({"min_count": 0}, "min_count=0: must be at least 1"),
@@ -118,6 +125,8 @@ def test_a_folder_opens_with_auto_classes_and_brings_its_edges(tmp_path: Path) -
     assert torch.equal(opened.graph.key, model.graph.key) and opened.config.edges == len(PAIRS)
     again = start_from(tmp_path, BrillmConfig(vocab_size=6, signal_size=4, rivals=3))
     assert again.config.rivals == 3 and torch.equal(again.eval()(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="its normalise is False, the run's is True"):
+        start_from(tmp_path, BrillmConfig(vocab_size=6, signal_size=4, normalise=True))
     with pytest.raises(ValueError, match="its signal_size is 4, the run's is 8"):
         start_from(tmp_path, BrillmConfig(vocab_size=6, signal_size=8))
 
@@ -144,6 +153,17 @@ def test_a_memory_stays_as_large_as_it_is_however_long_the_text() -> None:
         memory.crop(3)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache: must be a BrillmCache"):
         model(torch.tensor([[1]]), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize(("context", "signals"), [("decay", 1), ("gated", 1), ("chain+pooled", 2), ("decay+decay+timescales", 5)])
+@torch.no_grad()
+def test_the_state_of_every_wiring_is_its_number_of_signals_and_does_not_grow(context: str, signals: int) -> None:
+    model, memory = tiny(context=context), BrillmCache()
+    sizes = set()
+    for length in (1, 7, 90):
+        model(torch.randint(6, (2, length)), past_key_values=memory, logits_to_keep=1)
+        sizes.add(memory.bytes())
+    assert sizes == {2 * (signals * 4 * 4 + 3 * 8)} and model.config.signals == signals
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 2}], ids=str)

@@ -24,15 +24,19 @@ OPTIONS: list[dict[str, Any]] = [
     {"trained_positions": 4, "beyond": "hold"},
     {"positions": "none"},
     {"arithmetic": "released", "positions": "multiplied"},
+    {"context": "decay", "normalise": True, "keep_initial": True},
+    {"context": "node-decay"},
+    {"context": "chain+pooled+gated+timescales", "normalise": True},
 ]
 TEXT = [0, 1, 2, 3, 1, 1, 5, 0, 4, 0]
 
 
 def made(dtype: torch.dtype, **options: Any) -> Any:
     model = tiny(**options).to(dtype)
-    if hasattr(model.graph, "position_weight"):
-        with torch.no_grad():
-            model.graph.position_weight.copy_(torch.linspace(-1, 1, len(model.graph.position_weight)))
+    with torch.no_grad():
+        for name, p in model.graph.named_parameters():
+            if name not in ("weight", "bias", "node_bias"):
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
     return model
 
 
@@ -77,9 +81,10 @@ def test_each_part_is_what_an_earlier_output_sends_there() -> None:
     assert parts(chain.trace, 0, 5, [1]).column_P == [5, "bias", "position"]
 
 
+@pytest.mark.parametrize("options", [{}, {"context": "pooled+decay", "normalise": True}], ids=str)
 @torch.no_grad()
-def test_what_an_earlier_pass_read_is_one_part() -> None:
-    model, ids = made(torch.float64), torch.tensor([TEXT])
+def test_what_an_earlier_pass_read_is_one_part(options: dict[str, Any]) -> None:
+    model, ids = made(torch.float64, **options), torch.tensor([TEXT])
     whole = model(ids, trace=True)
     memory = model(ids[:, :4], use_cache=True).past_key_values
     later = model(ids[:, 4:], past_key_values=memory, trace=True)

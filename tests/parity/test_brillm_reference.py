@@ -29,6 +29,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "beyond, held": {"trained_positions": 4, "beyond": "hold"},
     "small positions, own signal": {"position_scale": 0.25, "initial_signal": 1.0},
     "shared edge frozen": {"train_shared": False},
+    "normalised": {"normalise": True},
+    "first signal kept": {"keep_initial": True},
+    "first signal kept, held": {"keep_initial": True, "trained_positions": 4, "beyond": "hold", "normalise": True},
+    "decay": {"context": "decay"},
+    "decay, normalised, kept": {"context": "decay", "normalise": True, "keep_initial": True},
+    "decay per node": {"context": "node-decay"},
+    "decay per node, kept": {"context": "node-decay", "keep_initial": True},
+    "gated": {"context": "gated", "normalise": True},
+    "timescales": {"context": "timescales", "timescales": [1, 2.5, 8]},
+    "last output and mean": {"context": "chain+pooled", "trained_positions": 4},
+    "two decays": {"context": "decay+decay", "normalise": True},
+    "all at once": {"context": "chain+pooled+decay+gated+timescales+node-decay+decay", "normalise": True, "keep_initial": True},
 }
 
 
@@ -36,8 +48,9 @@ def model(**options: Any) -> BrillmForCausalLM:
     torch.manual_seed(0)
     config = BrillmConfig(**{"vocab_size": NODES, "signal_size": 4} | options)
     built = BrillmForCausalLM.from_edges(config, Edges.from_pairs(torch.tensor(PAIRS), NODES)).double()
-    if hasattr(built.graph, "position_weight"):
-        torch.nn.init.normal_(built.graph.position_weight)
+    for name, parameter in built.graph.named_parameters():
+        if name not in ("weight", "bias", "node_bias"):
+            torch.nn.init.normal_(parameter)
     return built
 
 

@@ -7,12 +7,13 @@ from typing import no_type_check
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-CONTEXTS = ("pooled", "chain")
+CONTEXTS = ("pooled", "chain", "decay", "node-decay", "gated", "timescales")
+REPEATABLE = ("decay",)
+"""Contexts that may be named more than once, to have several of their kind."""
+TIMESCALES = [1.0, 4.0, 16.0]
 ARITHMETICS = ("published", "released")
 POSITIONS = ("divided", "multiplied", "none")
 BEYOND = ("continue", "hold")
-LEARNED = ("pooled",)
-"""Contexts that learn a weight per position."""
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -36,7 +37,17 @@ class BrillmConfig(PreTrainedConfig):
     min_count: int = 1
     """How often a pair must have been seen in the training data to get an edge of its own."""
     context: str = "pooled"
-    """What the signal on an edge is: `pooled` is the mean of all earlier outputs, weighted by position; `chain` is the last output."""
+    """What the signal on an edge is. Published: `pooled` is the mean of all earlier outputs, weighted by position; `chain` is the last one.
+    Beyond: `decay` is a mean that forgets, s ← s·σ(δ) + h·(1 − σ(δ)), with a learned δ per dimension; `node-decay` has a δ per node that
+    the signal arrives at; `gated` has a vector per node, of which the sigmoid is h's share; `timescales` are means that forget at fixed
+    rates. Several, as in `chain+pooled` or `decay+decay`, are kept side by side and added with learned weights per dimension. All are
+    sums of outputs with weights that no signal changes, and their state is `signals` · signal_size numbers however long the text is."""
+    timescales: list[float | int] | None = None
+    """Tokens after which the `timescales` have forgotten most: each new output's share is 1 ÷ timescale. None is 1, 4 and 16."""
+    normalise: bool = False
+    """Divide each output by its root mean square before it enters the signal, and the first signal too. Energies are those before."""
+    keep_initial: bool = False
+    """Let the first signal stay in the mean, as an output before the first one, instead of leaving with the first edge."""
     arithmetic: str = "published"
     """`released` computes what the released checkpoints were trained and decoded with: positions of another index in decoding."""
     positions: str = "divided"
@@ -44,7 +55,8 @@ class BrillmConfig(PreTrainedConfig):
     position_scale: float = 1.0
     """Factor of the positional vectors."""
     trained_positions: int = 32
-    """Positions that have numbers of their own. What later ones do is said by `beyond`; there is no longest text."""
+    """Positions that have numbers of their own. What later ones do is said by `beyond`; there is no longest text. Contexts other than
+    `pooled` treat all outputs alike, so that of them only the positional vector is concerned."""
     beyond: str = "continue"
     """After the trained positions, `continue`: sinusoids go on, an output's weight stays the last one, so the mean gets ever slower.
     `hold`: the positional vector and the share of the newest output in the mean both stay as they were at the last position."""
@@ -72,6 +84,16 @@ class BrillmConfig(PreTrainedConfig):
         """One: every token runs one edge."""
         return 1
 
+    @property
+    def contexts(self) -> list[str]:
+        """What the signal is made of, each by its name."""
+        return self.context.split("+")
+
+    @property
+    def signals(self) -> int:
+        """How many running signals a text has, of `signal_size` numbers each: its whole state."""
+        return sum(len(self.timescales or TIMESCALES) if name == "timescales" else 1 for name in self.contexts)
+
     def validate_architecture(self) -> None:
         """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
         for name in ("vocab_size", "trained_positions", "min_count"):
@@ -79,10 +101,11 @@ class BrillmConfig(PreTrainedConfig):
         size, nodes = self.signal_size, self.vocab_size
         _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, for pairs of sine and cosine")
         _require(0 <= self.edges <= nodes**2, "edges", self.edges, f"must lie in 0 … vocab_size² = {nodes**2}")
-        for name, known in (("context", CONTEXTS), ("arithmetic", ARITHMETICS), ("positions", POSITIONS), ("beyond", BEYOND)):
+        for name, known in (("arithmetic", ARITHMETICS), ("positions", POSITIONS), ("beyond", BEYOND)):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        self._validate_context()
         if self.arithmetic == "released":
-            for name, only in (("context", "pooled"), ("positions", "multiplied")):
+            for name, only in (("context", "pooled"), ("positions", "multiplied"), ("normalise", False), ("keep_initial", False)):
                 _require(getattr(self, name) == only, name, getattr(self, name), f'arithmetic="released" was made with {only!r} only')
         _require(self.position_scale > 0, "position_scale", self.position_scale, 'must be positive; positions="none" leaves them out')
         rule = f"must lie in 1 … vocab_size - 1 = {nodes - 1}, or be None for all"
@@ -91,6 +114,20 @@ class BrillmConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id"):
             token = getattr(self, name)
             _require(token is None or 0 <= token < nodes, name, token, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
+
+    def _validate_context(self) -> None:
+        parts = self.contexts
+        rule = f"must be one of {', '.join(CONTEXTS)}, or several of them joined by +"
+        _require(all(name in CONTEXTS for name in parts), "context", self.context, rule)
+        twice = [name for name in parts if name not in REPEATABLE and parts.count(name) > 1]
+        _require(not twice, "context", self.context, f"only {', '.join(REPEATABLE)} may come more than once")
+        _require(
+            not self.keep_initial or parts != ["chain"], "keep_initial", self.keep_initial, 'context="chain" keeps the last output alone'
+        )
+        if self.timescales is not None:
+            _require("timescales" in parts, "timescales", self.timescales, f"context={self.context!r} has none; add timescales to it")
+            rule = "must be numbers of at least 1, not an empty list"
+            _require(bool(self.timescales) and min(self.timescales) >= 1, "timescales", self.timescales, rule)
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-# Shapes: B rows, H tokens that can be taken back, D width of the signal
+# Shapes: B rows, H tokens that can be taken back, S numbers of all running signals
 
 UNDO = 32
 """Tokens that can be forgotten again, as assisted decoding does. The state itself is that of the last one."""
@@ -34,16 +34,16 @@ class BrillmCache(Cache):
 
 
 class SignalMemory(DynamicLayer):
-    """Signals (B, H, D), tokens, positions and document numbers (B, H) after each of the newest H tokens."""
+    """Running signals (B, H, S), tokens, positions and document numbers (B, H) after each of the newest H tokens."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._length = 0
 
-    def write(self, signal_BTD: Tensor, token_BT: Tensor, number_BT: Tensor, document_BT: Tensor) -> None:
+    def write(self, signal_BTS: Tensor, token_BT: Tensor, number_BT: Tensor, document_BT: Tensor) -> None:
         """Remember what the rows' states were after each of T more tokens."""
-        fresh = (signal_BTD, token_BT, number_BT, document_BT)
+        fresh = (signal_BTS, token_BT, number_BT, document_BT)
         if self.state is not None:
             fresh = tuple(torch.cat((old, new), dim=1) for old, new in zip(self.state, fresh, strict=True))  # type: ignore[assignment]
         # Copied, so that a long prompt's states do not live on behind a view of the last few.
@@ -52,7 +52,7 @@ class SignalMemory(DynamicLayer):
         self.is_initialized = True
 
     def last(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return signal (B, D), token, position and document (B,) after the newest token; None where nothing was read."""
+        """Return signals (B, S), token, position and document (B,) after the newest token; None where nothing was read."""
         return None if self.state is None else tuple(t[:, -1] for t in self.state)  # type: ignore[return-value]
 
     def get_seq_length(self) -> int:

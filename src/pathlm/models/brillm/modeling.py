@@ -13,8 +13,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from pathlm.models.brillm import positions
-from pathlm.models.brillm.configuration import LEARNED, BrillmConfig
+from pathlm.models.brillm import positions, wirings
+from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.curriculum import Knobs
 from pathlm.models.brillm.edges import SHARED, Edges, count_rows
 from pathlm.models.brillm.energy import Arrivals, Graph, Ledger, cross_entropy, draw_rivals, energies, read_edges
@@ -24,14 +24,26 @@ from pathlm.models.brillm.tracing import Trace, Walk
 from pathlm.models.losses import IGNORE
 from pathlm.models.output import PathOutput
 
-# Shapes: B rows, T new tokens, P tokens read before, S = P + T, V nodes, E rows of edges, D width of the signal, N counted positions
+# Shapes: B rows, T new tokens, P tokens read before, S = P + T, V nodes, E rows of edges, D width of the signal,
+# M running signals, N counted positions
 
 
 class SignalGraph(nn.Module):
-    """The parameters of a graph: an edge per row, the one that unseen pairs share first; a bias per node; a weight per position."""
+    """The parameters of a graph: an edge per row, the one that unseen pairs share first; a bias per node; the wiring's own."""
 
     key: Tensor
     start: Tensor
+    # Each is there where the configuration's contexts need it.
+    position_weight: nn.Parameter
+    """(P,), pooled"""
+    decay: nn.Parameter
+    """(decays, D): the sigmoid is what each dimension keeps"""
+    node_decay: nn.Parameter
+    """(V,): the sigmoid is what is kept on arriving at each node"""
+    gate: nn.Parameter
+    """(V, D): the sigmoid is the share of what arrives at each node"""
+    mix: nn.Parameter
+    """(M, D): weights of several running signals"""
 
     def __init__(self, config: BrillmConfig) -> None:
         super().__init__()
@@ -40,8 +52,7 @@ class SignalGraph(nn.Module):
         """(E, D, D), out × in: the signal on an edge is `weight @ signal + bias`"""
         self.bias = nn.Parameter(torch.empty(rows, width))
         self.node_bias = nn.Parameter(torch.empty(config.vocab_size, width))
-        if config.context in LEARNED:
-            self.position_weight = nn.Parameter(torch.empty(config.trained_positions))
+        wirings.add_parameters(self, config)
         self.register_buffer("key", torch.empty(config.edges, dtype=torch.int64))
         self.register_buffer("start", torch.empty(config.vocab_size + 1, dtype=torch.int64))
         if not self.key.is_meta:  # where it is, a file or nothing is to follow
@@ -201,13 +212,12 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw edges and node biases evenly from ± `initializer_range`; all positions start with the same weight."""
+        """Draw edges and node biases evenly from ± `initializer_range`; the wiring begins as it says."""
         if isinstance(module, SignalGraph):
             reach = self.config.initializer_range
             for parameter in (module.weight, module.bias, module.node_bias):
                 init.uniform_(parameter, -reach, reach)
-            if self.config.context in LEARNED:
-                init.ones_(module.position_weight)
+            wirings.initialise(module, self.config)
 
     def _walk(
         self,
@@ -229,28 +239,33 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         weight_BTDD, bias_BTD, ledger = read_edges(self.signal_graph, row_BT)
         dtype = self.graph.weight.dtype
         added_BTD = bias_BTD + positions.vectors((places.number_BT - int(decoding)).clamp(min=0), self.config, dtype)
-        learned = getattr(self.graph, "position_weight", self.graph.bias.new_ones(1))
-        share_BT = positions.shares((places.number_BT - 1).clamp(min=0), learned, self.config) * along_BT
+        share_BTMD = wirings.shares(self.graph, token_BT, places, self.config)
         first_BTD = self._first_signals(token_BT, initial_signal)
-        before_BD = state_BD = first_BTD.new_zeros(first_BTD[:, 0].shape) if last is None else last[0]
-        signals, outputs = [], []
+        many, width = self.config.signals, self.config.signal_size
+        state_BMD = first_BTD.new_zeros(len(token_BT), many, width) if last is None else last[0].unflatten(1, (many, width))
+        before_BMD, signal_BD = state_BMD, wirings.mixed(state_BMD, self.graph)
+        states, signals, entered = [], [], []
         # One column at a time, and only columns that anything happens in: a text's own path is all that is sequential.
         starts, goes = places.starts_BT.any(0).tolist(), along_BT.any(0).tolist()
-        parts = zip(weight_BTDD.unbind(1), added_BTD.unbind(1), share_BT.unbind(1), first_BTD.unbind(1), strict=True)
-        for t, (weight_BDD, added_BD, share_B, first_BD) in enumerate(parts):
+        parts = zip(weight_BTDD.unbind(1), added_BTD.unbind(1), share_BTMD.unbind(1), first_BTD.unbind(1), strict=True)
+        for t, (weight_BDD, added_BD, share_BMD, first_BD) in enumerate(parts):
             h_BD = first_BD
             if goes[t]:
-                h_BD = F.gelu(torch.baddbmm(added_BD[..., None], weight_BDD, state_BD[..., None])[..., 0])
-                state_BD = torch.lerp(state_BD, h_BD, share_B[:, None])
+                h_BD = F.gelu(torch.baddbmm(added_BD[..., None], weight_BDD, signal_BD[..., None])[..., 0])
+                h_BD = wirings.entering(h_BD, self.config)
+                state_BMD = torch.lerp(state_BMD, h_BD[:, None], share_BMD)
             if starts[t]:
-                state_BD = torch.where(places.starts_BT[:, t, None], first_BD, state_BD)
-            signals.append(state_BD)
-            outputs.append(h_BD)
+                state_BMD = torch.where(places.starts_BT[:, t, None, None], first_BD[:, None], state_BMD)
+            signal_BD = wirings.mixed(state_BMD, self.graph)
+            signals.append(signal_BD)
+            states.append(state_BMD)
+            entered.append(h_BD)
         signal_BTD = torch.stack(signals, dim=1)
         if memory is not None:
             newest_BT = torch.where(places.present_BT, token_BT, places.before_BT)
-            memory.memory.write(signal_BTD.detach(), newest_BT, places.number_BT, places.document_BT)
-        return Walk(places, row_BT, signal_BTD, outputs, first_BTD, share_BT, before_BD), ledger
+            state_BTS = signal_BTD if many == 1 else torch.stack(states, dim=1).flatten(2)
+            memory.memory.write(state_BTS.detach(), newest_BT, places.number_BT, places.document_BT)
+        return Walk(places, row_BT, signal_BTD, entered, first_BTD, share_BTMD, before_BMD, wirings.weights_of(self.graph)), ledger
 
     def _first_signals(self, token_BT: Tensor, initial_signal: Tensor | None) -> Tensor:
         """Return the signal (B, T, D) that would leave each token if a text began with it."""
@@ -262,7 +277,7 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"initial_signal has shape {tuple(initial_signal.shape)}: must be ({width},), or one such row per text")
         place_D = positions.vectors(token_BT.new_zeros(1), self.config, bias.dtype)[0]
         base = (initial_signal.to(bias) + place_D).expand(token_BT.shape[0], width)[:, None]
-        return F.gelu(base + F.embedding(token_BT, bias))
+        return wirings.entering(F.gelu(base + F.embedding(token_BT, bias)), self.config)
 
     def _arrivals(self, token_BT: Tensor, places: Places, signal_BTD: Tensor, kept_BT: Tensor, decoding: bool) -> Arrivals:
         """Return the signals that are to be scored: those of the kept places."""
@@ -303,7 +318,8 @@ def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
 def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
     """Open the model in `folder` as the beginning of a run. Raises `ValueError` when it is not of the architecture of `config`."""
     found = BrillmConfig.from_pretrained(folder)
-    for name in ("vocab_size", "signal_size", "context", "arithmetic", "positions", "trained_positions"):
+    wiring = ("context", "timescales", "normalise", "keep_initial")
+    for name in ("vocab_size", "signal_size", *wiring, "arithmetic", "positions", "trained_positions"):
         mine, theirs = getattr(config, name), getattr(found, name)
         if mine != theirs:
             raise ValueError(f"init={str(folder)!r}: its {name} is {theirs!r}, the run's is {mine!r}")

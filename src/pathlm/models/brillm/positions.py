@@ -68,13 +68,11 @@ def vectors(number: Int[Tensor, "*n"], config: BrillmConfig, dtype: torch.dtype)
     return (torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2) * config.position_scale).to(dtype)
 
 
-def shares(number: Int[Tensor, "*n"], weight_P: Float[Tensor, " p"], config: BrillmConfig) -> Float[Tensor, "*n"]:
-    """Return the share that the output of edge i (from position i to i + 1) has in the mean of outputs 0 … i: its part of their softmax.
+def position_shares(number: Int[Tensor, "*n"], weight_P: Float[Tensor, " p"], config: BrillmConfig) -> Float[Tensor, "*n"]:
+    """Return the share that the output of edge i (from position i to i + 1) has in the pooled mean of outputs 0 … i, as a softmax.
 
     A mean weighted by the softmax of a prefix is a running mean, `E ← (1 − share) · E + share · h`: the state needs no history.
     """
-    if config.context == "chain":
-        return weight_P.new_ones(number.shape)
     last = config.trained_positions - 1
     log_sum_P = weight_P.logcumsumexp(0)
     inside = number.clamp(max=last)

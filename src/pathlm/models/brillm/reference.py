@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from pathlm.models.brillm.configuration import TIMESCALES
 from pathlm.models.brillm.modeling import BrillmForCausalLM
 
 # Shapes: T tokens, V nodes, D width of the signal, C candidates
+
+NORM_EPS = 1e-6
 
 
 def edge(model: BrillmForCausalLM, source: int, target: int) -> int:
@@ -41,10 +44,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def pooled(model: BrillmForCausalLM, outputs: list[Tensor]) -> Tensor:
-    """Return the mean of all earlier outputs, weighted by the softmax of their positions' weights; in a chain, the last output."""
+    """Return the mean of outputs, weighted by the softmax of their positions' weights."""
     config = model.config
-    if config.context == "chain":
-        return outputs[-1]
     weights = model.graph.position_weight
     last = len(weights) - 1
     if config.beyond == "continue" or len(outputs) <= last + 1:
@@ -56,6 +57,47 @@ def pooled(model: BrillmForCausalLM, outputs: list[Tensor]) -> Tensor:
     for output in outputs[last + 1 :]:
         mean = (1 - share) * mean + share * output
     return mean
+
+
+def fading(outputs: list[Tensor], kept: list[Tensor]) -> Tensor:
+    """Return s of `s ← s · kept + output · (1 − kept)` after the last output, beginning with the first one."""
+    state = outputs[0]
+    for output, keep in zip(outputs[1:], kept[1:], strict=True):
+        state = state * keep + output * (1 - keep)
+    return state
+
+
+def joined(model: BrillmForCausalLM, tokens: list[int], first: Tensor, outputs: list[Tensor]) -> Tensor:
+    """Return the signal that leaves the last of `tokens`: the first signal and what arrived at every later token, joined."""
+    config, graph = model.config, model.graph
+    # Where each of them arrived: the first signal at the first token, output k at token k + 1.
+    came = list(zip([first, *outputs], tokens, strict=True))
+    if outputs and not config.keep_initial:
+        came = came[1:]
+    members, nodes = [output for output, _ in came], [node for _, node in came]
+    traces, decays = [], iter(getattr(graph, "decay", []))
+    for part in config.context.split("+"):
+        if part == "pooled":
+            traces.append(pooled(model, members))
+        elif part == "chain":
+            traces.append(members[-1])
+        elif part == "decay":
+            traces.append(fading(members, [torch.sigmoid(next(decays))] * len(members)))
+        elif part == "node-decay":
+            traces.append(fading(members, [torch.sigmoid(graph.node_decay[node]) for node in nodes]))
+        elif part == "gated":
+            traces.append(fading(members, [1 - torch.sigmoid(graph.gate[node]) for node in nodes]))
+        else:
+            kept = [torch.tensor(1 - 1 / scale, dtype=torch.float64) for scale in config.timescales or TIMESCALES]
+            traces += [fading(members, [keep] * len(members)) for keep in kept]
+    if len(traces) == 1:
+        return traces[0]
+    return torch.stack([mix * trace for mix, trace in zip(graph.mix, traces, strict=True)]).sum(0)
+
+
+def entering(model: BrillmForCausalLM, output: Tensor) -> Tensor:
+    """Return what enters the signal of an output: itself, or its direction with a root mean square of 1."""
+    return output / torch.sqrt((output * output).mean() + NORM_EPS) if model.config.normalise else output
 
 
 def outcome(model: BrillmForCausalLM, signal_D: Tensor, source: int, target: int, place_D: Tensor) -> Tensor:
@@ -73,17 +115,16 @@ def energies(model: BrillmForCausalLM, tokens: list[int], *, decoding: bool = Fa
     if initial_signal is None:
         level = 1 / width if model.config.initial_signal is None else model.config.initial_signal
         initial_signal = torch.full((width,), level, dtype=model.graph.weight.dtype)
-    signal = gelu(initial_signal + model.graph.node_bias[tokens[0]] + position(model, 0))
+    first = entering(model, gelu(initial_signal + model.graph.node_bias[tokens[0]] + position(model, 0)))
     outputs: list[Tensor] = []
     rows = []
     for i, token in enumerate(tokens):
-        if i:
-            signal = pooled(model, outputs)
+        signal = joined(model, tokens[: i + 1], first, outputs)
         place = position(model, i if decoding else i + 1)
         arrived = [outcome(model, signal, token, target, place) for target in range(nodes)]
         rows.append(torch.stack([_energy(y) for y in arrived]))
         if i + 1 < len(tokens):
-            outputs.append(arrived[tokens[i + 1]])
+            outputs.append(entering(model, arrived[tokens[i + 1]]))
     return torch.stack(rows)
 
 

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pathlm.models.brillm import wirings
 from pathlm.models.brillm.edges import SHARED
 from pathlm.models.brillm.energy import Graph
 from pathlm.models.brillm.positions import Places
 from pathlm.path import Path, Step
 
-# Shapes: B rows, T tokens, K nodes that are compared, P parts of a signal, V nodes, D width of the signal
+# Shapes: B rows, T tokens, K nodes that are compared, P parts of a signal, V nodes, D width of the signal,
+# M running signals
 
 KEPT = 8
 """Nodes recorded per step: the most energetic ones."""
@@ -35,13 +37,15 @@ class Walk(NamedTuple):
     signal_BTD: Tensor
     """The signal as it leaves each token"""
     outputs: list[Tensor]
-    """What arrived at each token over its edge, T times (B, D); anything where a text begins"""
+    """What entered the signal at each token over its edge, T times (B, D); anything where a text begins"""
     first_BTD: Tensor
     """The signal that leaves each token if a text begins there"""
-    share_BT: Tensor
-    """The share that what arrived has in the signal that leaves; 0 where nothing did"""
-    before_BD: Tensor
-    """The signal before the first of these tokens"""
+    share_BTMD: Tensor
+    """The share (D or 1 numbers) that it has in each of the running signals that leave; 0 where nothing did"""
+    before_BMD: Tensor
+    """The running signals before the first of these tokens"""
+    mix_MD: Tensor
+    """The weights (D or 1 numbers) with which the running signals are added"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class Trace:
     log_total_BT: Tensor
     """Logarithm of the sum of exp(energy) over all nodes"""
     output_BTD: Tensor
-    """What each token added to the signal: what arrived there, or the first signal of a text"""
-    gain_BT: Tensor
-    """With which weight: `signal ← (1 − gain) · signal + gain · output`; 1 where a text begins, 0 at padding"""
-    before_BD: Tensor
-    """The signal before the first of these tokens; zeros where there was none"""
+    """What each token added to the signal: what arrived there, as it enters, or the first signal of a text"""
+    gain_BTMD: Tensor
+    """With which weight: `running ← (1 − gain) · running + gain · output`; 1 where a text begins, 0 at padding"""
+    before_BMD: Tensor
+    """The running signals before the first of these tokens; zeros where there were none"""
+    mix_MD: Tensor
+    """With which weights the running signals are the signal"""
     place_BTD: Tensor
     """The positional vector that is added on every edge that leaves each token"""
     graph: Graph
@@ -94,10 +100,11 @@ class Trace:
         arrival_BT = energy_BTV[row_B1, from_BT.clamp(min=0), token_BT]
         arrival_BT = arrival_BT.masked_fill(places.starts_BT | ~places.present_BT | (from_BT < 0), torch.nan)
         output_BTD = torch.where(places.starts_BT[..., None], walk.first_BTD, torch.stack(walk.outputs, dim=1)).detach()
-        gain_BT = torch.where(places.starts_BT, 1.0, walk.share_BT).detach()
+        gain_BTMD = torch.where(places.starts_BT[..., None, None], 1.0, walk.share_BTMD).detach()
         return cls(
             token_BT, places.present_BT, places.starts_BT, walk.row_BT, walk.signal_BTD.detach(), node_BTK, many_BTK, energy_BTK,
-            arrival_BT, energy_BTV.logsumexp(-1), output_BTD, gain_BT, walk.before_BD.detach(), place_BTD, graph,
+            arrival_BT, energy_BTV.logsumexp(-1), output_BTD, gain_BTMD, walk.before_BMD.detach(), walk.mix_MD.detach(),
+            place_BTD, graph,
         )  # fmt: skip
 
 
@@ -133,15 +140,12 @@ def parts(trace: Trace, row: int, column: int, node_K: Sequence[int]) -> Parts:
     The energy ‖y‖ of y = z Φ(z) is Σ z · (Φ(z) y / ‖y‖): linear in the terms of z, where the factor in brackets is that of their sum.
     """
     graph, many = trace.graph, column + 1
-    gain_T = trace.gain_BT[row, :many].to(torch.float64)
-    # What is left of each output after the tokens behind it have added theirs; and of the signal from before.
-    left_S = torch.cat((1 - gain_T, gain_T.new_ones(1))).flip(0).cumprod(0).flip(0)
-    weight_T = gain_T * left_S[1:]
-    kept = weight_T.nonzero().flatten()
-    sent_PD = weight_T[kept, None] * trace.output_BTD[row, kept].to(torch.float64)
+    weight_TD, left_MD = wirings.weights(trace.gain_BTMD[row, :many].to(torch.float64), trace.mix_MD.to(torch.float64))
+    kept = weight_TD.any(dim=1).nonzero().flatten()
+    sent_PD = weight_TD[kept] * trace.output_BTD[row, kept].to(torch.float64)
     column_P: list[int | str] = kept.tolist()
-    if float(left_S[0]):
-        sent_PD = torch.cat((sent_PD, left_S[:1, None] * trace.before_BD[row].to(torch.float64)))
+    if bool(left_MD.any()):
+        sent_PD = torch.cat((sent_PD, (left_MD * trace.before_BMD[row].to(torch.float64)).sum(0, keepdim=True)))
         column_P.append("earlier")
     target_K = torch.as_tensor(node_K, device=trace.input_ids.device)
     edge_K = graph.edges.lookup(trace.input_ids[row, column].expand_as(target_K), target_K)
