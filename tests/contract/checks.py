@@ -117,8 +117,9 @@ def rows_are_written_together_as_they_are_read(model: Any) -> None:
 
 @contextmanager
 def counting(model: Any) -> Iterator[list[int]]:
-    """Count the tokens that visit each block."""
-    counts = [0] * len(model.blocks)
+    """Count the tokens that visit each block; a signal graph has none."""
+    blocks = getattr(model, "blocks", ())
+    counts = [0] * len(blocks)
 
     def counter(number: int) -> Any:
         def count(module: Any, given: Any, output: Tensor) -> None:
@@ -126,7 +127,7 @@ def counting(model: Any) -> Iterator[list[int]]:
 
         return count
 
-    handles = [block.down_proj.register_forward_hook(counter(number)) for number, block in enumerate(model.blocks)]
+    handles = [block.down_proj.register_forward_hook(counter(number)) for number, block in enumerate(blocks)]
     try:
         yield counts
     finally:

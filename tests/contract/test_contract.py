@@ -45,6 +45,7 @@ def test_a_saved_model_loads_as_the_same(case: Case, dtype: torch.dtype, tmp_pat
 STEPWISE = (
     "decoding_in_any_chunks_is_one_forward_pass",
     "one_row_is_decoded_as_many_are",
+    "rows_are_written_together_as_they_are_read",
     "a_long_decode_outgrows_the_first_buffer",
     "padding_on_either_side_changes_nothing",
     "rows_of_different_length_continue_together",
