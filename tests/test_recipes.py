@@ -1,8 +1,13 @@
 """Every shipped recipe loads, resolves to a model or a preparation, and, where it is small, trains."""
 
 import math
+import shutil
+from collections import Counter
+from itertools import pairwise
 
 import pytest
+import torch
+from rich.console import Console
 
 import pathlm
 from pathlm.config import find_recipe, load, shipped_recipes
@@ -40,7 +45,8 @@ def test_a_recipe_resolves_to_a_model_and_a_curriculum(name):
     config = load(name)
     assert config.name == name.rsplit("/")[-1], "a run is named as its recipe"
     model = pathlm.preset(config.preset, **config.model)
-    assert config.data.length <= model.max_position_embeddings
+    # A signal reads texts of any length; its positions have numbers of their own up to some place.
+    assert config.data.length <= (model.trained_positions if model.model_type == "brillm" else model.max_position_embeddings)
     options = {"knobs": config.knobs, "stages": config.stages, "config": model}
     curriculum = family(model.model_type).curriculum(config.curriculum, config.steps, **options)
     assert curriculum.at(config.steps - 1)
@@ -85,6 +91,30 @@ def test_a_small_recipe_trains(name, corpus, tmp_path):
     assert math.isfinite(result.best_validation)
     model, tokenizer = pathlm.load(result.folder / "checkpoints" / "latest")
     assert len(tokenizer) <= model.config.vocab_size
+
+
+@pytest.mark.parametrize(("name", "least"), [("brillm-tiny", 1), ("brillm-en", 2), ("brillm-zh", 3)])
+def test_a_signal_graph_counts_its_edges_in_the_training_split_and_goes_on_as_if_never_stopped(name, least, corpus, tmp_path):
+    said = Console(record=True, width=200)
+    short = [
+        f'data.corpus="{corpus}"', f'out="{tmp_path}"', "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=4",
+        "save_every=2", "model.signal_size=4", f"model.min_count={least}", "optim.warmup_steps=1",
+    ]  # fmt: skip
+    config = load(name, short)
+    whole = start(config, console=said)
+    opened = Corpus.open(corpus)
+    seen = Counter(pair for i in range(len(opened.documents("train"))) for pair in pairwise(opened.document_tokens("train", i).tolist()))
+    edges = sum(times >= least for times in seen.values())
+    model, _ = pathlm.load(whole.folder / "checkpoints" / "latest")
+    assert model.config.edges == edges
+    share = f"{(edges + 1) / model.config.vocab_size**2:.1%}"
+    assert f"have an edge: {share} of a full graph's parameters (published: English 5.7%, Chinese 13.0%)" in said.export_text()
+    shutil.rmtree(whole.folder / "checkpoints" / "step-00000004")
+    again = start(config, resume=True)
+    resumed, _ = pathlm.load(again.folder / "checkpoints" / "latest")
+    mine, theirs = resumed.state_dict(), model.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert again.best_validation == whole.best_validation
 
 
 @pytest.mark.parametrize("name", PREPARED)

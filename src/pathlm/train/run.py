@@ -152,6 +152,8 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
         console,
         f"{config.name}: {parameters / 1e6:,.1f} M parameters, {config.steps:,} steps of {config.batch_tokens:,} tokens on {_where(acc)}",
     )
+    if about := getattr(model, "about", ""):
+        _say(console, about)
     with ExitStack() as stack:
         result = train(
             acc,
