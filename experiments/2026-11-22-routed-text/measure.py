@@ -15,6 +15,24 @@ from pathlm.text.corpus import Corpus
 BUDGET = 0.625
 
 
+def _routed(options: argparse.Namespace, seed: int, other: int) -> dict:
+    """Return what is measured of one seed's routes; what `routes.json` holds already is not measured again."""
+    folder = options.runs / f"routed-{seed}"
+    kept = folder / "routes.json"
+    if kept.is_file() and "test" in (known := json.loads(kept.read_text(encoding="utf-8"))):
+        return known["test"]
+    return run(
+        folder,
+        options.corpus,
+        "test",
+        against=options.runs / f"plain6-{other}",
+        budget=BUDGET,
+        budgets=options.budgets,
+        max_tokens=options.tokens,
+        plot=options.results.with_name(f"{options.results.stem}-{seed}.svg"),
+    )
+
+
 def main() -> None:
     """Measure each seed's routed model beside plain models of other depths; difficulty comes from the 6 blocks of another seed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,26 +48,18 @@ def main() -> None:
     found, data = [], Corpus.open(options.corpus)
     plain = [f"plain{blocks}" for blocks in options.blocks]
     for place, seed in enumerate(options.seeds):
-        other = options.seeds[(place + 1) % len(options.seeds)]
-        routed = run(
-            options.runs / f"routed-{seed}",
-            options.corpus,
-            "test",
-            against=options.runs / f"plain6-{other}",
-            budget=BUDGET,
-            budgets=options.budgets,
-            max_tokens=options.tokens,
-            plot=options.results.with_name(f"{options.results.stem}-{seed}.svg"),
-        )
+        routed = _routed(options, seed, options.seeds[(place + 1) % len(options.seeds)])
         one = {"seed": seed} | {name: routed[name] for name in ("routed", "budgets", "controls", "gain", "difficulty")}
         for name in plain:
+            if not (options.runs / f"{name}-{seed}" / "run.json").is_file():
+                continue
             model, _ = pathlm.load(options.runs / f"{name}-{seed}" / "checkpoints" / "best")
             one[name] = score(model, data, "test", context=256, stride=128, max_tokens=options.tokens).loss
         found.append(one)
-        beside = ", ".join(f"{name} {one[name]:.4f}" for name in plain)
+        beside = ", ".join(f"{name} {one[name]:.4f}" for name in plain if name in one)
         print(f"seed {seed}: routed {one['routed']['loss']:.4f} at {one['routed']['block_evaluations']:.2f} blocks, {beside}", flush=True)
     for name in plain:
-        values = [one["routed"]["loss"] / one[name] for one in found]
+        values = [one["routed"]["loss"] / one[name] for one in found if name in one]
         print(f"routed ÷ {name}: {statistics.mean(values):.4f}, {min(values):.4f} to {max(values):.4f}")
     options.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
