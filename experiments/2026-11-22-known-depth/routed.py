@@ -188,7 +188,7 @@ def main() -> None:
     counts = {"seed": 0, "blocks": 2, "width": 64, "rows": 32, "told": 800, "handing": 150, "free": 400, "every": 50}
     for name, value in counts.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in {"lr": 3e-3, "off": 0.1, "price": 0.4, "noise": 0.5, "random": 0.2, "load-rate": 0.005, "gate": 0.1}.items():
+    for name, value in {"lr": 3e-3, "off": 0.1, "price": 0.4, "noise": 0.5, "random": 0.2, "load-rate": 0.02, "gate": 0.1}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)
