@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathlm.config import OptimConfig
+from pathlm.models import native, rows
 
 # Shapes: R rows of a table, K rows with a gradient
 
@@ -54,32 +55,64 @@ class RowAdamW(torch.optim.AdamW):
     Only rows whose gradient holds a number that is not 0 move, decay, and age their moments, and a row's bias corrections count its own
     steps. So a row becomes what `torch.optim.AdamW` would make of it, had it seen the steps that touch the row and no others; a single
     gradient moves a weight by at most `lr`, once, whenever it comes. Gradients may be sparse in the first dimension, or dense.
+    Gradients of matrices may also be left as outer products (`pathlm.models.rows`), of which each row's is made when the row is updated.
     """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; the tables of one with `rows` may from now on leave their gradients as outer products."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"] if param_group.get("rows") else ():
+            rows.take_slabs(p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        super().zero_grad(set_to_none)
+        for _, p in self._tables():
+            rows.forget(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient."""
-        tables = [(group, p, p.grad) for group in self.param_groups if group.get("rows") for p in group["params"] if p.grad is not None]
+        tables = [(group, p, p.grad) for group, p in self._tables() if p.grad is not None]
         for _, p, _ in tables:
             p.grad = None  # not for the dense update
         loss = super().step(closure)
         for group, p, grad in tables:
             p.grad = grad
             self._update(group, p, grad)
+        for group, p in self._tables():
+            if (found := rows.pending(p)) is not None:
+                state = self._state(p)
+                found.update(p, state["exp_avg"], state["exp_avg_sq"], state["step"], _rates(group))
         return loss
 
-    def _update(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
-        state = self.state[table]
+    def _tables(self) -> list[tuple[dict[str, Any], Tensor]]:
+        return [(group, p) for group in self.param_groups if group.get("rows") for p in group["params"]]
+
+    def _state(self, table: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[table]
         if not state:
             state["step"] = torch.zeros(table.shape[0], dtype=torch.float32, device=table.device)  # exact up to 16 million steps of a row
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+        return state
+
+    def _update(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
+        state = self._state(table)
         row_K, grad = touched(grad)
+        if native.fits(table, grad, state["exp_avg"], state["exp_avg_sq"]):
+            whole = [t.view(t.shape[0], -1) for t in (table, state["exp_avg"], state["exp_avg_sq"])]
+            rows.update_rows(row_K, grad.flatten(1), 1.0, (*whole, state["step"]), _rates(group))  # type: ignore[arg-type]
+            return
         at_once = max(1, AT_ONCE // max(grad[0].numel(), 1)) if row_K.numel() else 1
         for row, part in zip(row_K.split(at_once), grad.split(at_once), strict=True):
             moved = part.flatten(1).any(dim=1)
             if not moved.all():
                 row, part = row[moved], part[moved]
             _update_rows(table, state, row, part, group)
+
+
+def _rates(group: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(float(x) for x in (group["lr"], group["weight_decay"], *group["betas"], group["eps"]))
 
 
 def _update_rows(table: Tensor, state: dict[str, Tensor], row_K: Tensor, grad: Tensor, group: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pathlm.config import RunConfig
+from pathlm.models import rows
 from pathlm.train.optim import settled
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -113,16 +114,21 @@ def summed(acc: Accelerator, values: Tensor) -> Tensor:
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients, dense or sparse, so that their global norm is at most `limit`; return the norm before, on the device."""
+    """Scale all gradients, dense, sparse or outer products, so that their global norm is at most `limit`; return the norm before."""
     given = [p for p in model.parameters() if p.grad is not None]
-    if any(p.grad.is_sparse for p in given if p.grad is not None):
+    slabs = [gradient for p in model.parameters() if (gradient := rows.pending(p)) is not None]
+    if slabs or any(p.grad.is_sparse for p in given if p.grad is not None):
         parts = []
         for p in given:
             assert p.grad is not None
             p.grad = settled(p.grad) if p.grad.is_sparse else p.grad
             parts.append(p.grad._values() if p.grad.is_sparse else p.grad)
-        norm = nn.utils.get_total_norm(parts)
-        torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+        norm = nn.utils.get_total_norm([*parts, *(gradient.norm() for gradient in slabs)])
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        if norm.device.type != "cpu" or factor < 1:  # to look would stall an accelerator; to multiply by 1 costs memory traffic
+            torch._foreach_mul_(parts, factor)
+            for gradient in slabs:
+                gradient.multiply(float(factor))
         return norm
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

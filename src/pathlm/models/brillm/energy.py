@@ -7,7 +7,6 @@ All pairs without an edge of their own share one edge, so from one source they a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pathlm.models import rows
+from pathlm.models.brillm import fused
 from pathlm.models.brillm.edges import SHARED, Edges
+from pathlm.models.brillm.graph import Arrivals, Graph
 
 # Shapes: N positions, V nodes, D width of the signal, E rows (shared edge first), R edges of one source, n positions at one source
 
@@ -23,33 +25,12 @@ PIECE = 2**22
 """Numbers of one slab's outputs at a time, at most."""
 
 
-@dataclass
-class Graph:
-    """Everything that scoring reads: which edges there are, their weights (out × in, so that a slab is one matrix) and biases."""
-
-    edges: Edges
-    weight_EDD: Tensor
-    bias_ED: Tensor
-    train_shared: bool = True
-    row_gradients: bool = False
-    """Whether gradients of weights and biases are sparse, the touched rows only; otherwise they are dense."""
-
-
-class Arrivals(NamedTuple):
-    """Signals that stand at a node and are about to leave it."""
-
-    signal_ND: Tensor
-    source_N: Tensor
-    place_ND: Tensor
-    """The positional vector that is added on the edge"""
-
-
 def read_edges(graph: Graph, row_N: Tensor) -> tuple[Tensor, Tensor, Ledger]:
     """Return weights (…, D, D) and biases (…, D) of single edges given by their rows (…), and the ledger for their gradients.
 
     Hand it to `cross_entropy` of the same forward pass, which leaves its part in it: touched rows get one gradient, not a sum of two.
     """
-    ledger = Ledger(graph.row_gradients, graph.train_shared)
+    ledger = Ledger(graph)
     weight_NDD, bias_ND, ledger.anchor = _ReadEdges.apply(graph.weight_EDD, graph.bias_ED, row_N.flatten(), ledger)
     return weight_NDD.unflatten(0, row_N.shape), bias_ND.unflatten(0, row_N.shape), ledger
 
@@ -79,52 +60,72 @@ def draw_rivals(target_N: Tensor, nodes: int, count: int, generator: torch.Gener
     return torch.zeros_like(key_NV, dtype=torch.bool).scatter_(1, chosen, True)
 
 
+class Scored(NamedTuple):
+    """Gradients of touched edges: their rows (K, rising) with their biases, weights of some of them (X), outer products of the others."""
+
+    row_K: Tensor
+    bias_KD: Tensor
+    dense_X: Tensor
+    weight_XDD: Tensor
+    slabs: rows.Slabs | None
+
+
 class Ledger:
     """Gradients of the edges that one forward pass touches, on their way from scoring to where the edges were read."""
 
-    def __init__(self, as_rows: bool, train_shared: bool) -> None:
-        self.as_rows, self.train_shared = as_rows, train_shared
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
         self.anchor: Any = None
         """Ties scoring to the reading: autograd then asks for the reading's gradient last."""
-        self.row_K: Tensor | None = None
-        """Rows that scoring touched, rising"""
-        self.weight_KDD: Tensor | None = None
-        self.bias_KD: Tensor | None = None
+        self.scored: Scored | None = None
+        """What scoring found, already times the gradient of the loss"""
+        self.scale = 1.0
+        """What outer products still are to be multiplied by"""
 
     def add(self, row_N: Tensor, weight_NDD: Tensor, bias_ND: Tensor) -> None:
         """Add gradients of single edges, some of them perhaps the same."""
-        if self.row_K is None or self.weight_KDD is None or self.bias_KD is None:
-            self.row_K, place_N = torch.unique(row_N, return_inverse=True)
-            self.weight_KDD = weight_NDD.new_zeros(self.row_K.numel(), *weight_NDD.shape[1:])
-            self.bias_KD = bias_ND.new_zeros(self.row_K.numel(), bias_ND.shape[1])
-        else:
-            missing = ~torch.isin(row_N, self.row_K)
-            if bool(missing.any()):  # a target that no loss counts may lie beyond the slabs that were scored
-                old = self.row_K
-                self.row_K = torch.unique(torch.cat((old, row_N[missing])))
-                place_K = torch.searchsorted(self.row_K, old)
-                shape = (self.row_K.numel(), *self.weight_KDD.shape[1:])
-                self.weight_KDD = self.weight_KDD.new_zeros(shape).index_copy_(0, place_K, self.weight_KDD)
-                self.bias_KD = self.bias_KD.new_zeros(shape[:2]).index_copy_(0, place_K, self.bias_KD)
-            place_N = torch.searchsorted(self.row_K, row_N)
-        self.weight_KDD.index_add_(0, place_N, weight_NDD)
-        self.bias_KD.index_add_(0, place_N, bias_ND)
+        if self.scored is None:
+            none = torch.unique(row_N)
+            self.scored = Scored(none, bias_ND.new_zeros(none.numel(), bias_ND.shape[1]), none[:0], weight_NDD[:0], None)
+        row_K, bias_KD, dense_X, weight_XDD, slabs = self.scored
+        dense_X, weight_XDD = _added(dense_X, weight_XDD, row_N, weight_NDD)
+        self.scored = Scored(*_added(row_K, bias_KD, row_N, bias_ND), dense_X, weight_XDD, slabs)
 
-    def take(self, weight_EDD: Tensor, bias_ED: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of all rows, sparse or dense, without those of a shared edge that is not trained."""
-        assert self.row_K is not None and self.weight_KDD is not None and self.bias_KD is not None
-        row_K, weight_KDD, bias_KD = self.row_K, self.weight_KDD, self.bias_KD
-        self.row_K = self.weight_KDD = self.bias_KD = None
-        if not self.train_shared and row_K.numel() and int(row_K[0]) == SHARED:
-            row_K, weight_KDD, bias_KD = row_K[1:], weight_KDD[1:], bias_KD[1:]
-        if self.as_rows:
-            found = [
-                torch.sparse_coo_tensor(row_K[None], values, whole.shape, is_coalesced=True, check_invariants=False)
-                for values, whole in ((weight_KDD, weight_EDD), (bias_KD, bias_ED))
-            ]
-        else:
-            found = [torch.zeros_like(w).index_copy_(0, row_K, v) for v, w in ((weight_KDD, weight_EDD), (bias_KD, bias_ED))]
-        return found[0], found[1]
+    def take(self) -> tuple[Tensor | None, Tensor]:
+        """Return the gradients of all rows, sparse or dense, without those of a shared edge that is not trained.
+
+        None stands for weights' gradients that are left for an optimizer to take as outer products.
+        """
+        assert self.scored is not None
+        row_K, bias_KD, dense_X, weight_XDD, slabs = self.scored
+        self.scored = None
+        graph = self._graph
+        if not graph.train_shared and row_K.numel() and int(row_K[0]) == SHARED:
+            row_K, bias_KD = row_K[1:], bias_KD[1:]
+            dense_X, weight_XDD = dense_X[dense_X != SHARED], weight_XDD[dense_X != SHARED]
+        bias = _whole(row_K, bias_KD, graph.bias_ED, graph.row_gradients)
+        if slabs is None:
+            return _whole(row_K, weight_XDD, graph.weight_EDD, graph.row_gradients), bias
+        found = rows.SlabGradient(slabs, self.scale, dense_X, weight_XDD)
+        if graph.row_gradients and rows.takes_slabs(graph.weight_EDD):
+            return rows.leave(graph.weight_EDD, found), bias
+        return _whole(row_K, found.values(row_K), graph.weight_EDD, graph.row_gradients), bias
+
+
+def _added(row_K: Tensor, value_K: Tensor, row_N: Tensor, value_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Add values at some rows, perhaps repeated, to a list of rows that rise and their values."""
+    missing = ~torch.isin(row_N, row_K)
+    if bool(missing.any()):
+        old, row_K = row_K, torch.unique(torch.cat((row_K, row_N[missing])))
+        more = value_K.new_zeros(row_K.numel(), *value_K.shape[1:])
+        value_K = more.index_copy_(0, torch.searchsorted(row_K, old), value_K)
+    return row_K, value_K.index_add_(0, torch.searchsorted(row_K, row_N), value_N)
+
+
+def _whole(row_K: Tensor, value_K: Tensor, table: Tensor, as_rows: bool) -> Tensor:
+    if as_rows:
+        return torch.sparse_coo_tensor(row_K[None], value_K, table.shape, is_coalesced=True, check_invariants=False)
+    return torch.zeros_like(table).index_copy_(0, row_K, value_K)
 
 
 class _ReadEdges(torch.autograd.Function):
@@ -132,16 +133,15 @@ class _ReadEdges(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight_EDD: Tensor, bias_ED: Tensor, row_N: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(row_N, weight_EDD, bias_ED)
+        ctx.save_for_backward(row_N)
         ctx.ledger = ledger
         return weight_EDD[row_N], bias_ED[row_N], weight_EDD.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        row_N, weight_EDD, bias_ED = ctx.saved_tensors
-        ctx.ledger.add(row_N, grads[0], grads[1])
-        return *ctx.ledger.take(weight_EDD, bias_ED), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.ledger.add(ctx.saved_tensors[0], grads[0], grads[1])
+        return *ctx.ledger.take(), None, None
 
 
 class _Slab(NamedTuple):
@@ -154,9 +154,9 @@ class _Slab(NamedTuple):
     """Its edges are the rows first … stop − 1"""
 
 
-def _slabs(edges: Edges, source_N: Tensor, width: int) -> Iterator[_Slab]:
-    """Group positions by source, rising, in pieces whose outputs are few enough to hold. Sources without edges come, too."""
-    order_N = torch.argsort(source_N, stable=True)
+def _slabs(edges: Edges, source_N: Tensor, width: int, only_M: Tensor | None = None) -> Iterator[_Slab]:
+    """Group positions (all, or `only` some) by source, rising, in pieces whose outputs fit. Sources without edges come, too."""
+    order_N = torch.argsort(source_N, stable=True) if only_M is None else only_M[torch.argsort(source_N[only_M], stable=True)]
     found, many = torch.unique_consecutive(source_N[order_N], return_counts=True)
     bounds = torch.stack((edges.start_V1[found] + 1, edges.start_V1[found + 1] + 1), dim=1).tolist()
     at = 0
@@ -183,30 +183,38 @@ def _leave(slope_nR: Tensor, z_nRD: Tensor, y_nRD: Tensor, energy_nR: Tensor) ->
 
 
 class _Gradients:
-    """Gradients of all edges that leave some sources, and of the shared edge: filled slab by slab."""
+    """Gradients of all edges that leave some sources, and of the shared edge: filled slab by slab.
 
-    def __init__(self, graph: Graph, source_N: Tensor) -> None:
-        source_K = torch.unique(source_N)
-        first_K, stop_K = graph.edges.start_V1[source_K], graph.edges.start_V1[source_K + 1]
-        many_K = stop_K - first_K
-        begin_K = many_K.cumsum(0) - many_K + 1
-        row = torch.arange(1, int(many_K.sum()) + 1, device=source_N.device) + torch.repeat_interleave(first_K + 1 - begin_K, many_K)
-        self.row_K = torch.cat((row.new_zeros(1), row))
-        self.weight_KDD = graph.weight_EDD.new_zeros(self.row_K.numel(), *graph.weight_EDD.shape[1:])
+    Biases have room for the edges of all `source_N`; weights for those of the sources at `dense_M` (None is all), the others being left to
+    outer products.
+    """
+
+    def __init__(self, graph: Graph, source_N: Tensor, dense_M: Tensor | None = None) -> None:
+        self.row_K, self.begin = _rows_of(graph.edges, source_N)
+        self.dense_X, self._dense_begin = (self.row_K, self.begin) if dense_M is None else _rows_of(graph.edges, source_N[dense_M])
+        self.weight_XDD = graph.weight_EDD.new_zeros(self.dense_X.numel(), *graph.weight_EDD.shape[1:])
         self.bias_KD = graph.bias_ED.new_zeros(self.row_K.numel(), graph.bias_ED.shape[1])
-        self._begin = dict(zip(source_K.tolist(), begin_K.tolist(), strict=True))
 
     def add(self, slab: _Slab, dz_nRD: Tensor, signal_nD: Tensor) -> None:
         """Add what the positions of a slab say about its edges, given the gradient of their pre-activations."""
-        begin = self._begin[slab.source]
-        rows = slice(begin, begin + slab.stop - slab.first)
-        self.weight_KDD[rows].view(-1, signal_nD.shape[1]).addmm_(dz_nRD.flatten(1).T, signal_nD)
-        self.bias_KD[rows] += dz_nRD.sum(0)
+        many, at, dense = slab.stop - slab.first, self.begin[slab.source], self._dense_begin[slab.source]
+        self.weight_XDD[dense : dense + many].view(-1, signal_nD.shape[1]).addmm_(dz_nRD.flatten(1).T, signal_nD)
+        self.bias_KD[at : at + many] += dz_nRD.sum(0)
 
     def add_shared(self, dz_ND: Tensor, signal_ND: Tensor) -> None:
         """Add what all positions say about the shared edge."""
-        self.weight_KDD[SHARED].addmm_(dz_ND.T, signal_ND)
+        self.weight_XDD[SHARED].addmm_(dz_ND.T, signal_ND)
         self.bias_KD[SHARED] += dz_ND.sum(0)
+
+
+def _rows_of(edges: Edges, source_N: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """Return the shared row and the rows of all edges that leave some sources, rising, and where in this list each source's begin."""
+    source_K = torch.unique(source_N)
+    first_K, stop_K = edges.start_V1[source_K], edges.start_V1[source_K + 1]
+    many_K = stop_K - first_K
+    begin_K = many_K.cumsum(0) - many_K + 1
+    row = torch.arange(1, int(many_K.sum()) + 1, device=source_N.device) + torch.repeat_interleave(first_K + 1 - begin_K, many_K)
+    return torch.cat((row.new_zeros(1), row)), dict(zip(source_K.tolist(), begin_K.tolist(), strict=True))
 
 
 def _compare(
@@ -247,13 +255,16 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_EDD, bias_ED, edges = graph.weight_EDD, graph.bias_ED, graph.edges
         nodes, row_N = edges.start_V1.numel() - 1, edges.lookup(source_N, target_N)
-        found = _Gradients(graph, source_N) if any(ctx.needs_input_grad) else None
+        # Slabs that few positions share are left to compiled loops where there are any, the others to matrix products.
+        few_M, dense_M = fused.divided(graph, signal_ND, source_N)
+        learns = any(ctx.needs_input_grad)
+        found = _Gradients(graph, source_N, dense_M) if learns else None
         z_N1D, y_N1D, energy_N1 = _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND)
         loss_N, sure_N, slope_N1 = torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1)
         dsignal_ND = torch.zeros_like(signal_ND)
-        for slab in _slabs(edges, source_N, bias_ED.shape[1]):
-            at, rows, many = slab.place_n, slice(slab.first, slab.stop), slab.stop - slab.first
-            z, y, energy = _arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at])
+        for slab in _slabs(edges, source_N, bias_ED.shape[1], dense_M):
+            at, here, many = slab.place_n, slice(slab.first, slab.stop), slab.stop - slab.first
+            z, y, energy = _arrive(signal_ND[at], weight_EDD[here], bias_ED[here], place_ND[at])
             mine, others = None, energy.new_full((at.numel(),), nodes - many)
             if rivals_NV is not None:
                 mine = rivals_NV[at][:, edges.targets(slab.source)]
@@ -262,13 +273,20 @@ class _CrossEntropy(torch.autograd.Function):
             loss_N[at], sure_N[at] = log_z - hit, (hit - log_z).exp()
             if found is not None and many:
                 dz = _leave(slope, z, y, energy)
-                dsignal_ND[at] = dz.flatten(1) @ weight_EDD[rows].flatten(0, 1)
+                dsignal_ND[at] = dz.flatten(1) @ weight_EDD[here].flatten(0, 1)
                 found.add(slab, dz, signal_ND[at])
+        slabs = None
+        if few_M is not None:
+            arrivals = Arrivals(signal_ND, source_N, place_ND)
+            out = fused.Outcome(loss_N, sure_N, slope_N1[:, 0], dsignal_ND)
+            into = None if found is None else (found.begin, found.bias_KD)
+            slabs = fused.score(graph, arrivals, few_M, row_N, energy_N1[:, 0], rivals_NV, out, into)
         if found is not None:
             dz_ND = _leave(slope_N1, z_N1D, y_N1D, energy_N1)[:, 0]
             dsignal_ND += dz_ND @ weight_EDD[SHARED]
             found.add_shared(dz_ND, signal_ND)
-            ctx.save_for_backward(dsignal_ND, found.row_K, found.weight_KDD, found.bias_KD)
+            ctx.scored = Scored(found.row_K, found.bias_KD, found.dense_X, found.weight_XDD, slabs)
+        ctx.save_for_backward(dsignal_ND)
         ctx.ledger = ledger
         ctx.mark_non_differentiable(loss_N, sure_N)
         return loss_N.sum(), loss_N, sure_N
@@ -276,12 +294,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dsignal_ND, row_K, weight_KDD, bias_KD = ctx.saved_tensors
+        (dsignal_ND,) = ctx.saved_tensors
         grad = grads[0].to(dsignal_ND.dtype)
         ledger: Ledger = ctx.ledger
         if ctx.needs_input_grad[1]:
-            assert ledger.row_K is None, "one ledger takes one loss"
-            ledger.row_K, ledger.weight_KDD, ledger.bias_KD = row_K, weight_KDD * grad, bias_KD * grad
+            if ctx.scored is None:
+                raise RuntimeError("the gradients of this loss were computed with it and are handed out: call backward once")
+            assert ledger.scored is None, "one ledger takes one loss"
+            # In place, as nobody else holds them: a copy of all touched rows would cost as much as an update of them.
+            ledger.scored, ctx.scored = ctx.scored, None
+            ledger.scored.bias_KD.mul_(grad)
+            ledger.scored.weight_XDD.mul_(grad)
+            ledger.scale = float(grad) if ledger.scored.slabs is not None else 1.0
         return dsignal_ND * grad, torch.zeros_like(grad), None, None, None, None, None, None
 
 
@@ -295,9 +319,12 @@ class _Energies(torch.autograd.Function):
         edges = graph.edges
         shared_N1 = _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND)[2]
         energy_NV = shared_N1.expand(-1, edges.start_V1.numel() - 1).clone()
-        for slab in _slabs(edges, source_N, bias_ED.shape[1]):
-            at, rows = slab.place_n, slice(slab.first, slab.stop)
-            energy = _arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at])[2]
+        few_M, dense_M = fused.divided(graph, signal_ND, source_N)
+        if few_M is not None:
+            fused.energies(graph, Arrivals(signal_ND, source_N, place_ND), few_M, energy_NV)
+        for slab in _slabs(edges, source_N, bias_ED.shape[1], dense_M):
+            at, here = slab.place_n, slice(slab.first, slab.stop)
+            energy = _arrive(signal_ND[at], weight_EDD[here], bias_ED[here], place_ND[at])[2]
             energy_NV[at[:, None], edges.targets(slab.source)[None]] = energy
         ctx.save_for_backward(signal_ND, weight_EDD, bias_ED, source_N, place_ND)
         ctx.graph = graph
@@ -314,15 +341,15 @@ class _Energies(torch.autograd.Function):
         for slab in _slabs(graph.edges, source_N, bias_ED.shape[1]):
             if slab.stop == slab.first:
                 continue
-            at, rows = slab.place_n, slice(slab.first, slab.stop)
+            at, here = slab.place_n, slice(slab.first, slab.stop)
             slope = slope_NV[at][:, graph.edges.targets(slab.source)]
             shared_N[at] -= slope.sum(1)
-            dz = _leave(slope, *_arrive(signal_ND[at], weight_EDD[rows], bias_ED[rows], place_ND[at]))
-            dsignal_ND[at] = dz.flatten(1) @ weight_EDD[rows].flatten(0, 1)
+            dz = _leave(slope, *_arrive(signal_ND[at], weight_EDD[here], bias_ED[here], place_ND[at]))
+            dsignal_ND[at] = dz.flatten(1) @ weight_EDD[here].flatten(0, 1)
             found.add(slab, dz, signal_ND[at])
         dz_ND = _leave(shared_N[:, None], *_arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND))[:, 0]
         dsignal_ND += dz_ND @ weight_EDD[SHARED]
         found.add_shared(dz_ND, signal_ND)
-        ledger = Ledger(graph.row_gradients, graph.train_shared)
-        ledger.row_K, ledger.weight_KDD, ledger.bias_KD = found.row_K, found.weight_KDD, found.bias_KD
-        return dsignal_ND, *ledger.take(weight_EDD, bias_ED), None, None, None
+        ledger = Ledger(graph)
+        ledger.scored = Scored(found.row_K, found.bias_KD, found.dense_X, found.weight_XDD, None)
+        return dsignal_ND, *ledger.take(), None, None, None

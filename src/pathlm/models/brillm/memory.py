@@ -14,6 +14,10 @@ UNDO = 32
 """Tokens that can be forgotten again, as assisted decoding does. The state itself is that of the last one."""
 
 
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Signals (B, H, D), tokens, positions and document numbers (B, H)."""
+
+
 class BrillmCache(Cache):
     """The state after the newest token of every row, and after the few before it; its size does not grow with the text."""
 
@@ -38,22 +42,41 @@ class SignalMemory(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        # Newest last. Joined only when asked for: to join after every token would take longer than the token.
+        self._parts: list[State] = []
+        self._held = 0
         self._length = 0
+
+    @property
+    def state(self) -> State | None:
+        """What is remembered, None where nothing was read."""
+        if len(self._parts) > 1:
+            self._parts = [tuple(torch.cat(old, dim=1) for old in zip(*self._parts, strict=True))]  # type: ignore[list-item]
+        return self._trimmed() if self._parts else None
+
+    @state.setter
+    def state(self, state: State | None) -> None:
+        self._parts = [] if state is None else [state]
+        self._held = 0 if state is None else state[0].shape[1]
+
+    def _trimmed(self) -> State:
+        if self._held > UNDO + 1:
+            # Copied, so that a long prompt's states do not live on behind a view of the last few.
+            self.state = tuple(t[:, -UNDO - 1 :].clone() for t in self._parts[0])  # type: ignore[assignment]
+        return self._parts[0]
 
     def write(self, signal_BTS: Tensor, token_BT: Tensor, number_BT: Tensor, document_BT: Tensor) -> None:
         """Remember what the rows' states were after each of T more tokens."""
-        fresh = (signal_BTS, token_BT, number_BT, document_BT)
-        if self.state is not None:
-            fresh = tuple(torch.cat((old, new), dim=1) for old, new in zip(self.state, fresh, strict=True))  # type: ignore[assignment]
-        # Copied, so that a long prompt's states do not live on behind a view of the last few.
-        self.state = tuple(t[:, -UNDO - 1 :].clone() for t in fresh)  # type: ignore[assignment]
+        self._parts.append((signal_BTS, token_BT, number_BT, document_BT))
+        self._held += token_BT.shape[1]
+        if self._held > 2 * UNDO:
+            _ = self.state
         self._length += token_BT.shape[1]
         self.is_initialized = True
 
-    def last(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def last(self) -> State | None:
         """Return signals (B, S), token, position and document (B,) after the newest token; None where nothing was read."""
-        return None if self.state is None else tuple(t[:, -1] for t in self.state)  # type: ignore[return-value]
+        return tuple(t[:, -1] for t in self._parts[-1]) if self._parts else None  # type: ignore[return-value]
 
     def get_seq_length(self) -> int:
         """Return how many tokens were read, padding included."""

@@ -13,11 +13,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from pathlm.models.brillm import positions, wirings
+from pathlm.models.brillm import advance, positions, wirings
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.curriculum import Knobs
 from pathlm.models.brillm.edges import SHARED, Edges, count_rows
-from pathlm.models.brillm.energy import Arrivals, Graph, Ledger, cross_entropy, draw_rivals, energies, read_edges
+from pathlm.models.brillm.energy import Ledger, cross_entropy, draw_rivals, energies, read_edges
+from pathlm.models.brillm.graph import Arrivals, Graph
 from pathlm.models.brillm.memory import BrillmCache
 from pathlm.models.brillm.positions import Places
 from pathlm.models.brillm.tracing import Trace, Walk
@@ -149,6 +150,11 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = past_key_values is not None or (self.config.use_cache and labels is None and not self.training and not released)
         memory = _checked(past_key_values) if past_key_values is not None else BrillmCache() if use_cache else None
         decoding = released and memory is not None
+        plain = labels is None and document_ids is None and initial_signal is None and not trace and advance.knows(self.config)
+        if memory is not None and plain and advance.possible(memory.memory, self.signal_graph, input_ids, attention_mask):
+            weight_P = getattr(self.graph, "position_weight", self.graph.bias[:0, 0])
+            energy_B1V = advance.advance(memory.memory, self.signal_graph, self.config, input_ids, weight_P, released=decoding)
+            return PathOutput(logits=energy_B1V, past_key_values=memory if use_cache else None, metrics={})
         target_BT = None if labels is None else _next_labels(labels, input_ids.shape)
         with torch.autocast(input_ids.device.type, enabled=False):
             walk, ledger = self._walk(input_ids, memory, attention_mask, document_ids, initial_signal, decoding)
