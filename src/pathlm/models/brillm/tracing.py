@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pathlm.models.brillm import wirings
 from pathlm.models.brillm.edges import SHARED
-from pathlm.models.brillm.energy import Graph
+from pathlm.models.brillm.graph import Graph
 from pathlm.models.brillm.positions import Places
 from pathlm.path import Path, Step
 
