@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import pathlm
 from pathlm.config import load
@@ -61,7 +59,7 @@ def match(run: Path, recipe: Path) -> int:
 
 def table(runs: Path, folder: Path, tokens: int) -> None:
     """Measure all runs and print them by name, seeds together."""
-    console, corpus = Console(), Corpus.open(folder, verify=False)
+    corpus = Corpus.open(folder, verify=False)
     chosen = choose(corpus, "test", max_tokens=tokens)
     found: dict[str, list[dict[str, Any]]] = {}
     for run in sorted(runs.iterdir()):
@@ -73,33 +71,39 @@ def table(runs: Path, folder: Path, tokens: int) -> None:
             measured = score(model, corpus, "test", context=context, stride=context // 2, max_tokens=tokens)
             one[str(context)] = {"loss": measured.loss, "bits_per_byte": measured.bits_per_byte}
         found.setdefault(run.name.rpartition("-")[0], []).append(one)
-        console.print(one)
+        print(json.dumps(one), flush=True)
     read = max((int(one["tokens"]) for ones in found.values() for one in ones), default=0)
     counted = {
         "whole training split": ngram_scores(corpus, "test", chosen, order=5),
         "as many tokens as the models read": ngram_scores(corpus, "test", chosen, order=5, train_tokens=read),
     }
-    console.print(shown(found, counted))
+    print(shown(found, counted))
     result = {"test_tokens": sum(record.tokens - 1 for record in chosen), "runs": found, "ngrams": counted}
     (Path(__file__).parent / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def shown(found: dict[str, list[dict[str, Any]]], counted: dict[str, Any]) -> Table:
-    """Return the table: n-grams, then models, the best last."""
-    page = Table("", "tokens read", "operations", "parameters", *(f"bits/byte, {c} tokens" for c in CONTEXTS), "range")
+def shown(found: dict[str, list[dict[str, Any]]], counted: dict[str, Any]) -> str:
+    """Return the table in Markdown: n-grams, then models, the best last."""
+    heads = [
+        "",
+        "tokens read",
+        "operations",
+        "parameters",
+        *(f"bits per byte, {c} tokens" for c in CONTEXTS),
+        f"seeds, {CONTEXTS[0]} tokens",
+    ]
+    rows = [heads, ["---"] * len(heads)]
     for label, scores in counted.items():
         for order in ("2", "3", "5"):
-            bits = f"{scores['orders'][order]['bits_per_byte']:.4f}"
-            page.add_row(f"Kneser–Ney {order}, {label}", f"{scores['train_tokens']:,}", "", "", bits, bits, "")
+            bits = f"{scores['orders'][order]['bits_per_byte']:.3f}"
+            rows.append([f"Kneser–Ney {order}, {label}", f"{scores['train_tokens']:,}", "", "", bits, bits, ""])
     mean = {name: statistics.mean(one[str(CONTEXTS[0])]["bits_per_byte"] for one in ones) for name, ones in found.items()}
     for name in sorted(found, key=lambda name: -mean[name]):
         ones = found[name]
-        bits = [[one[str(c)]["bits_per_byte"] for one in ones] for c in CONTEXTS]
-        page.add_row(
-            f"{name} ({len(ones)} seeds)", f"{ones[0]['tokens']:,}", f"{ones[0]['tokens'] * ones[0]['flops_per_token']:.3g}",
-            f"{ones[0]['parameters']:,}", *(f"{statistics.mean(b):.4f}" for b in bits), f"{min(bits[0]):.4f} … {max(bits[0]):.4f}",
-        )  # fmt: skip
-    return page
+        each = [[one[str(c)]["bits_per_byte"] for one in ones] for c in CONTEXTS]
+        spent = [f"{ones[0]['tokens']:,}", f"{ones[0]['tokens'] * ones[0]['flops_per_token']:.2g}", f"{ones[0]['parameters']:,}"]
+        rows.append([name, *spent, *(f"{statistics.mean(b):.3f}" for b in each), ", ".join(f"{b:.3f}" for b in each[0])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 if __name__ == "__main__":
