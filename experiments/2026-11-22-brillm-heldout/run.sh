@@ -4,7 +4,7 @@
 # Settings by environment: SEEDS, WIRINGS (names below), CORPUS, STEPS, WIDTH.
 set -e
 here=$(dirname "$0")
-corpus=${CORPUS:-data/sotu-512} steps=${STEPS:-150} width=${WIDTH:-16}
+corpus=${CORPUS:-data/sotu-512} steps=${STEPS:-80} width=${WIDTH:-16}
 for wiring in ${WIRINGS:-pooled decay-normalised}; do
   case $wiring in
     pooled) options="" ;;
