@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
