@@ -163,6 +163,7 @@ def test_the_second_ctrl_c_leaves_at_once(tmp_path):
         def batch(self, start, count):
             if self.seed == 10_000:
                 os.kill(os.getpid(), signal.SIGINT)
+                sleep(0.2)  # two signals that wait at once would be one
                 os.kill(os.getpid(), signal.SIGINT)
             return super().batch(start, count)
 
