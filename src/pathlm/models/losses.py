@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without keeping its logits: the vocabulary's scores are made, used and dropped piece by piece."""
+"""The labels of next tokens, and a linear head's cross-entropy: the vocabulary's scores are made, used and dropped piece by piece."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Shapes: N tokens, D width, V vocabulary
+# Shapes: B rows, T tokens of a row, N tokens, D width, V vocabulary
 
 IGNORE = -100
 """The label of tokens that are not counted."""
 
 PIECE = 2**20
 """Scores made at a time on the CPU, at most: what its caches hold. Elsewhere, and compiled, 64 times as many."""
+
+
+def next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
+    """Return the label of every token's successor; the last has none. Raises `ValueError` where there is not one label per token."""
+    if labels_BT.shape != shape:
+        raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
+    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
 
 
 def linear_cross_entropy(h_ND: Float[Tensor, "n d"], weight_VD: Float[Tensor, "v d"], target_N: Int[Tensor, " n"]) -> Float[Tensor, ""]:

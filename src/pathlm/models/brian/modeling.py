@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
 
@@ -17,14 +17,15 @@ from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.routing import RoutePool, Router
 from pathlm.models.brian.tracing import Trace
 from pathlm.models.brian.travel import Journey, travel
+from pathlm.models.hosted import Hosted
 from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary, causal_mask
-from pathlm.models.losses import IGNORE, linear_cross_entropies
+from pathlm.models.losses import IGNORE, linear_cross_entropies, next_labels
 from pathlm.models.output import PathOutput
 
 # Shapes: B rows, T new tokens, P tokens in memory, S = P + T, D width, V vocabulary
 
 
-class BrianForCausalLM(PreTrainedModel, GenerationMixin):
+class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     """A causal language model whose tokens move through blocks: first and last in order, in between as their router says."""
 
     config: BrianConfig
@@ -94,14 +95,14 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = BrianCache(self.config)
+            past_key_values = self.new_memory()
         past = _length(past_key_values)
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
         if budget is not None:
             self.check_budget(budget)
         self._check_depths(depths, h_BTD, knobs)
-        target_BT = None if labels is None else _next_labels(labels, h_BTD.shape[:2])
+        target_BT = None if labels is None else next_labels(labels, h_BTD.shape[:2])
         journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace, depths)
         h_BTD = self._run_blocks(h_BTD, journey, position_ids, past_key_values, past)
         h_BTD = self.norm(h_BTD)
@@ -137,30 +138,9 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
         """Choose whether training recomputes each block in the backward pass instead of keeping its activations."""
         self.gradient_checkpointing = enabled
 
-    def flops_per_token(self, length: int) -> float:
-        """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
-        from pathlm.models.brian.presets import flops_per_token
-
-        return flops_per_token(self.config, length)
-
-    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
-        batch, tokens = input_dict["input_ids"].shape
-        return int(3 * batch * tokens * self.flops_per_token(tokens))
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Let `generate` hand over no cache of its own: a `BrianCache` does not copy itself for every token."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Give `generate` a `BrianCache`, which assisted decoding wants to see before the first forward pass."""
-        wanted = generation_config.use_cache and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = BrianCache(self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+    def new_memory(self) -> BrianCache:
+        """Return the memory of texts of which nothing has been read."""
+        return BrianCache(self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -256,13 +236,6 @@ class BrianForCausalLM(PreTrainedModel, GenerationMixin):
 def from_rows(config: BrianConfig, rows: Any) -> BrianForCausalLM:
     """Return a freshly initialised model for a run; what its rows hold makes no difference."""
     return BrianForCausalLM(config)
-
-
-def _next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
-    """Return the label of every token's successor; the last has none."""
-    if labels_BT.shape != shape:
-        raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
-    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
 
 
 def _length(memory: Cache | None) -> int:

@@ -23,6 +23,10 @@ from pathlm.models.brillm.graph import Arrivals, Graph
 
 PIECE = 2**22
 """Numbers of one slab's outputs at a time, at most."""
+HANDED_OUT = (
+    "backward has been called on this loss of a signal graph before: its gradients are computed together with it and handed out once, "
+    "with retain_graph=True, too. Run the forward pass again, or ask for all gradients in one call"
+)
 
 
 def read_edges(graph: Graph, row_N: Tensor) -> tuple[Tensor, Tensor, Ledger]:
@@ -294,12 +298,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[1] and ctx.scored is None:
+            raise RuntimeError(HANDED_OUT)
         (dsignal_ND,) = ctx.saved_tensors
         grad = grads[0].to(dsignal_ND.dtype)
         ledger: Ledger = ctx.ledger
         if ctx.needs_input_grad[1]:
-            if ctx.scored is None:
-                raise RuntimeError("the gradients of this loss were computed with it and are handed out: call backward once")
             assert ledger.scored is None, "one ledger takes one loss"
             # In place, as nobody else holds them: a copy of all touched rows would cost as much as an update of them.
             ledger.scored, ctx.scored = ctx.scored, None

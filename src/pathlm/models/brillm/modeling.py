@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -20,9 +20,9 @@ from pathlm.models.brillm.edges import SHARED, Edges, count_rows
 from pathlm.models.brillm.energy import Ledger, cross_entropy, draw_rivals, energies, read_edges
 from pathlm.models.brillm.graph import Arrivals, Graph
 from pathlm.models.brillm.memory import BrillmCache
-from pathlm.models.brillm.positions import Places
 from pathlm.models.brillm.tracing import Trace, Walk
-from pathlm.models.losses import IGNORE
+from pathlm.models.hosted import Hosted
+from pathlm.models.losses import IGNORE, next_labels
 from pathlm.models.output import PathOutput
 
 # Shapes: B rows, T new tokens, P tokens read before, S = P + T, V nodes, E rows of edges, D width of the signal,
@@ -73,7 +73,7 @@ class SignalGraph(nn.Module):
         self.start.copy_(edges.start_V1)
 
 
-class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
+class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     """A causal language model on a graph of tokens: the next token is the node where the signal would arrive with the most energy."""
 
     config: BrillmConfig
@@ -137,47 +137,34 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
             generator: Draws the rivals where they are sampled; by default torch's own.
             kwargs: Ignored, as transformers passes switches of its own.
 
-        Raises:
-            ValueError: When arguments do not fit together.
+        Raises `ValueError` when arguments do not fit together.
         """
-        for name in ("inputs_embeds", "position_ids"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: a signal walks from token to token and counts them itself; give input_ids")
-        if input_ids is None:
-            raise ValueError("input_ids=None: a signal walks from token to token; give their ids")
+        if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("position_ids") is not None:
+            raise _not_ids(input_ids, kwargs)
         released = self.config.arithmetic == "released"
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and labels is None and not self.training and not released)
-        memory = _checked(past_key_values) if past_key_values is not None else BrillmCache() if use_cache else None
+        memory = _checked(past_key_values) if past_key_values is not None else self.new_memory() if use_cache else None
         decoding = released and memory is not None
-        plain = labels is None and document_ids is None and initial_signal is None and not trace and advance.knows(self.config)
-        if memory is not None and plain and advance.possible(memory.memory, self.signal_graph, input_ids, attention_mask):
-            weight_P = getattr(self.graph, "position_weight", self.graph.bias[:0, 0])
-            energy_B1V = advance.advance(memory.memory, self.signal_graph, self.config, input_ids, weight_P, released=decoding)
-            return PathOutput(logits=energy_B1V, past_key_values=memory if use_cache else None, metrics={})
-        target_BT = None if labels is None else _next_labels(labels, input_ids.shape)
+        if memory is not None and labels is None and document_ids is None and initial_signal is None and not trace:
+            energy_B1V = self._one_more(input_ids, memory, attention_mask, decoding)
+            if energy_B1V is not None:
+                return PathOutput(logits=energy_B1V, past_key_values=memory if use_cache else None, metrics={})
+        target_BT = None if labels is None else next_labels(labels, input_ids.shape)
+        loss, logits_BTV, found = None, None, None
+        metrics: dict[str, Tensor] = {}
         with torch.autocast(input_ids.device.type, enabled=False):
             walk, ledger = self._walk(input_ids, memory, attention_mask, document_ids, initial_signal, decoding)
-            places, signal_BTD = walk.places, walk.signal_BTD
-            loss: Tensor | None = None
-            metrics: dict[str, Tensor] = {}
             if target_BT is not None:
-                arrivals = self._arrivals(input_ids, places, signal_BTD, target_BT != IGNORE, decoding)
+                arrivals = self._arrivals(input_ids, walk, target_BT != IGNORE, decoding)
                 loss, metrics = self._loss(arrivals, target_BT[target_BT != IGNORE], ledger, num_items_in_batch, generator)
-            logits_BTV = None
-            if not (skip_logits and labels is not None):
-                kept_BT = torch.zeros_like(places.present_BT)
-                kept_BT[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep] = True
-                if trace:
-                    kept_BT[:] = True
-                logits_BTV = self._logits(input_ids, places, signal_BTD, kept_BT, decoding)
-        found = None
-        if trace:
-            place_BTD = positions.vectors(places.number_BT + int(not decoding), self.config, signal_BTD.dtype)
-            found = Trace.of(self.signal_graph, input_ids, walk, place_BTD, logits_BTV)
-        if trace and logits_BTV is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits_BTV = logits_BTV[:, kept]
+            if target_BT is None or not skip_logits:
+                logits_BTV = self._logits(input_ids, walk, slice(None) if trace else kept, decoding)
+            if trace:
+                place_BTD = positions.vectors(walk.places.number_BT + int(not decoding), self.config, walk.signal_BTD.dtype)
+                found = Trace.of(self.signal_graph, input_ids, walk, place_BTD, logits_BTV)
+                logits_BTV = None if logits_BTV is None else logits_BTV[:, kept]
         return PathOutput(loss=loss, logits=logits_BTV, past_key_values=memory if use_cache else None, metrics=metrics, trace=found)
 
     @property
@@ -204,30 +191,9 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         walk, _ = self._walk(input_ids, None, attention_mask, None, initial_signal, False)
         return walk.signal_BTD, positions.vectors(walk.places.number_BT + 1, self.config, walk.signal_BTD.dtype)
 
-    def flops_per_token(self, length: int) -> float:
-        """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
-        from pathlm.models.brillm.presets import flops_per_token
-
-        return flops_per_token(self.config, length)
-
-    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
-        batch, tokens = input_dict["input_ids"].shape
-        return int(3 * batch * tokens * self.flops_per_token(tokens))
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Let `generate` hand over no cache of its own: a signal's memory is no table of keys and values."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Give `generate` a `BrillmCache`, which assisted decoding wants to see before the first forward pass."""
-        wanted = generation_config.use_cache and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = BrillmCache()
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+    def new_memory(self) -> BrillmCache:
+        """Return the memory of texts of which nothing has been read."""
+        return BrillmCache()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -298,13 +264,23 @@ class BrillmForCausalLM(PreTrainedModel, GenerationMixin):
         base = (initial_signal.to(bias) + place_D).expand(token_BT.shape[0], width)[:, None]
         return wirings.entering(F.gelu(base + F.embedding(token_BT, bias)), self.config)
 
-    def _arrivals(self, token_BT: Tensor, places: Places, signal_BTD: Tensor, kept_BT: Tensor, decoding: bool) -> Arrivals:
-        """Return the signals that are to be scored: those of the kept places."""
-        number_N = places.number_BT[kept_BT] + int(not decoding)
-        return Arrivals(signal_BTD[kept_BT], token_BT[kept_BT], positions.vectors(number_N, self.config, signal_BTD.dtype))
+    def _one_more(self, token_BT: Tensor, memory: BrillmCache, attention_mask: Tensor | None, decoding: bool) -> Tensor | None:
+        """Return the energies (B, 1, V) after one more token per row the short way, or None where there is none for this."""
+        if not (advance.knows(self.config) and advance.possible(memory.memory, self.signal_graph, token_BT, attention_mask)):
+            return None
+        weight_P = getattr(self.graph, "position_weight", self.graph.bias[:0, 0])
+        return advance.advance(memory.memory, self.signal_graph, self.config, token_BT, weight_P, released=decoding)
 
-    def _logits(self, token_BT: Tensor, places: Places, signal_BTD: Tensor, kept_BT: Tensor, decoding: bool) -> Tensor:
-        arrivals = self._arrivals(token_BT, places, signal_BTD, kept_BT, decoding)
+    def _arrivals(self, token_BT: Tensor, walk: Walk, kept_BT: Tensor, decoding: bool) -> Arrivals:
+        """Return the signals that are to be scored: those of the kept places."""
+        number_N = walk.places.number_BT[kept_BT] + int(not decoding)
+        return Arrivals(walk.signal_BTD[kept_BT], token_BT[kept_BT], positions.vectors(number_N, self.config, walk.signal_BTD.dtype))
+
+    def _logits(self, token_BT: Tensor, walk: Walk, kept: slice | Tensor, decoding: bool) -> Tensor:
+        """Return the energies (B, K, V) at the kept places of every row."""
+        kept_BT = torch.zeros_like(walk.places.present_BT)
+        kept_BT[:, kept] = True
+        arrivals = self._arrivals(token_BT, walk, kept_BT, decoding)
         logits_NV = energies(self.signal_graph, arrivals)
         if decoding:
             logits_NV = logits_NV.scatter(1, arrivals.source_N[:, None], -torch.inf)
@@ -348,17 +324,15 @@ def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
     return model
 
 
+def _not_ids(input_ids: Tensor | None, given: dict[str, Any]) -> ValueError:
+    name = next((name for name in ("inputs_embeds", "position_ids") if given.get(name) is not None), "input_ids=None")
+    return ValueError(f"{name}: a signal walks from token to token and counts them itself; give input_ids")
+
+
 def _checked(memory: Cache) -> BrillmCache:
     if not isinstance(memory, BrillmCache):
         raise ValueError(f"past_key_values is a {type(memory).__name__}: must be a BrillmCache, such as the one this model returns")
     return memory
-
-
-def _next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
-    """Return the label of every token's successor; the last has none."""
-    if labels_BT.shape != shape:
-        raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
-    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
 
 
 def _documents(token_BT: Tensor, past: int, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:

@@ -1,0 +1,44 @@
+"""What transformers' `generate` and `Trainer` ask of a model, and every family answers alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+
+
+class Hosted:
+    """A mixin, to stand before transformers' classes: `generate` gets the family's own memory, and operations are counted."""
+
+    config: Any
+
+    def new_memory(self) -> Cache:
+        """Return the memory of texts of which nothing has been read."""
+        raise NotImplementedError
+
+    def flops_per_token(self, length: int) -> float:
+        """Return the floating-point operations of one forward pass per token, in rows of `length` tokens."""
+        from pathlm.models import family
+
+        found: float = family(self.config.model_type).flops_per_token(self.config, length)
+        return found
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
+        batch, tokens = input_dict["input_ids"].shape
+        return int(3 * batch * tokens * self.flops_per_token(tokens))
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Let `generate` hand over no cache of its own: a table of keys and values that copies itself for every token is not ours."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` a memory of ours, which assisted decoding wants to see before the first forward pass."""
+        wanted = generation_config.use_cache and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_memory()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
