@@ -12,7 +12,7 @@ row() {
 for seed in 1 2; do
   row full-$seed --set seed=$seed
   row no-gate-$seed --set seed=$seed --set knobs.hand-over.gate=0.0 --set knobs.exit.gate=0.0
-  row no-imitation-$seed --set seed=$seed --set knobs.hand-over.imitation=0.0
+  row imitation-$seed --set seed=$seed --set knobs.hand-over.imitation=0.05 # results.json: it fell from 0.1 to 0.005 in all rows but no-imitation
 done
 row no-z-1 --set seed=1 --set knobs.hand-over.z=0.0 --set knobs.exit.z=0.0
 row no-load-bias-1 --set seed=1 --set knobs.hand-over.load_bias_rate=0.0

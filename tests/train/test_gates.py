@@ -302,6 +302,13 @@ def test_taking_over_may_cost_the_loss_next_to_nothing():
     assert gate.relative and gate.comparison == "<=" and 0 < gate.threshold <= 0.02
 
 
+def test_the_router_imitates_before_it_takes_over_and_not_while_it_does():
+    from pathlm.models.brian.curriculum import STAGES
+
+    weights = {stage.name: {stage.start.imitation, (stage.end or stage.start).imitation} for stage in STAGES}
+    assert {name for name, weight in weights.items() if weight != {0.0}} == {"wrapped", "pseudo-routes"}
+
+
 def test_a_curriculum_knows_the_last_step_of_each_stage_but_the_last():
     three = Curriculum((Stage("a", 2, None), Stage("b", 1, None), Stage("c", 4, None)))
     assert [step for step in range(-1, 12) if three.ends(step)] == [1, 2]

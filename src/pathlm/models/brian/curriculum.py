@@ -97,10 +97,9 @@ BASELINE = Knobs(router_share=0.0, exit_share=0.0, difficulty_rate=0.01)
 # Weights are small: AdamW does not mind, and the router must not use up the norm to which all gradients together are clipped.
 WRAPPED = replace(BASELINE, imitation=0.1)
 PSEUDO = replace(WRAPPED, pseudo=1.0, difficulty_rate=0.002)  # slowly: the table is the teacher here
-EXPLORING = Knobs(
-    router_share=0.1, exit_share=0.0, imitation=0.1, gate=0.1, other_share=0.0, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-5
-)
-FREE = replace(EXPLORING, router_share=1.0, imitation=0.005, gate=1.0, noise=0.0, random_share=0.0)
+# No imitation here: to hold the router to the old path while it takes over costs the text's loss and a third of the paths' diversity.
+EXPLORING = Knobs(router_share=0.1, exit_share=0.0, gate=0.1, noise=0.5, random_share=0.05, load_bias_rate=0.001, z=1e-5)
+FREE = replace(EXPLORING, router_share=1.0, gate=1.0, noise=0.0, random_share=0.0)
 LEAVING = Knobs(exit_share=0.5, budget=0.65, budget_spread=0.35, gate=1.0, probe_share=0.1, exit=0.1, z=1e-5)
 LEFT = replace(LEAVING, exit_share=1.0)
 
