@@ -14,6 +14,7 @@ TIMESCALES = [1.0, 4.0, 16.0]
 ARITHMETICS = ("published", "released")
 POSITIONS = ("divided", "multiplied", "none")
 BEYOND = ("continue", "hold")
+INITIAL_ENERGIES = ("even", "counts")
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -68,6 +69,9 @@ class BrillmConfig(PreTrainedConfig):
     """Whether the edge that all other pairs share is trained."""
     initializer_range: float = 0.5
     """Weights, biases and node biases start evenly distributed between minus this and this."""
+    initial_energies: str = "even"
+    """Where edges' biases start. `even`: as just said. `counts`: a model made from data starts as a bigram model of it, each bias of such a
+    length that its energy stands for the pair's discounted count. A model made of a bare number of edges has no counts, and is even."""
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -101,7 +105,12 @@ class BrillmConfig(PreTrainedConfig):
         size, nodes = self.signal_size, self.vocab_size
         _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, for pairs of sine and cosine")
         _require(0 <= self.edges <= nodes**2, "edges", self.edges, f"must lie in 0 … vocab_size² = {nodes**2}")
-        for name, known in (("arithmetic", ARITHMETICS), ("positions", POSITIONS), ("beyond", BEYOND)):
+        for name, known in (
+            ("arithmetic", ARITHMETICS),
+            ("positions", POSITIONS),
+            ("beyond", BEYOND),
+            ("initial_energies", INITIAL_ENERGIES),
+        ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         self._validate_context()
         if self.arithmetic == "released":

@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from pathlm.models.brillm import advance, positions, wirings
+from pathlm.models.brillm import advance, counted, positions, wirings
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.curriculum import Knobs
 from pathlm.models.brillm.edges import SHARED, Edges, count_rows
@@ -97,6 +98,18 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         config.edges = edges.key_E.numel()
         model = cls(config)
         model.graph.set_edges(edges)
+        return model
+
+    @classmethod
+    def from_counts(cls, config: BrillmConfig, key: np.ndarray, times: np.ndarray) -> BrillmForCausalLM:
+        """Return a freshly initialised model of pairs and how often they came, as `edges.count` returns them.
+
+        A pair that came at least `config.min_count` times has an edge of its own; with `initial_energies="counts"` the model starts as a
+        bigram model.
+        """
+        model = cls.from_edges(config, Edges.from_counts((key, times), config.vocab_size, min_count=config.min_count))
+        if config.initial_energies == "counts":
+            counted.set_energies(model.graph, key, times, min_count=config.min_count)
         return model
 
     def forward(
@@ -307,7 +320,7 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
 
 def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
     """Return a fresh model for what `rows` hold: each pair of neighbours that comes at least `min_count` times gets an edge of its own."""
-    return BrillmForCausalLM.from_edges(config, Edges.from_counts(count_rows(rows), config.vocab_size, min_count=config.min_count))
+    return BrillmForCausalLM.from_counts(config, *count_rows(rows))
 
 
 def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:

@@ -1,0 +1,93 @@
+"""Edges whose first energies are counted: a fresh model is the bigram model of what was counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from pathlm.models.brillm.configuration import BrillmConfig
+from pathlm.models.brillm.counted import SHARED_ENERGY, before_gelu
+from pathlm.models.brillm.edges import Edges, count
+from pathlm.models.brillm.modeling import BrillmForCausalLM
+
+NODES = 12
+
+
+def pairs() -> tuple[np.ndarray, np.ndarray]:
+    """Node 0 is followed by many, node 1 by one, and node 11 by none."""
+    draw = np.random.default_rng(0)
+    source = draw.integers(0, 11, 400)
+    target = np.where(source == 1, 3, np.minimum(draw.geometric(0.2, 400) + source // 2, NODES - 1))
+    return count([np.stack((source, target), axis=1)], NODES)
+
+
+def made(**options: Any) -> tuple[BrillmForCausalLM, np.ndarray, np.ndarray]:
+    torch.manual_seed(0)
+    config = BrillmConfig(vocab_size=NODES, signal_size=8, positions="none", initial_energies="counts", **options)
+    key, times = pairs()
+    return BrillmForCausalLM.from_counts(config, key, times).double(), key, times
+
+
+def discounted(key: np.ndarray, times: np.ndarray, min_count: int) -> np.ndarray:
+    """Return the bigram's probabilities (V, V), by the book."""
+    once, twice = (times == 1).sum(), (times == 2).sum()
+    discount = once / (once + 2 * twice)
+    table = np.zeros((NODES, NODES))
+    table[key // NODES, key % NODES] = times
+    result = np.empty_like(table)
+    for u in range(NODES):
+        own = table[u] >= min_count
+        left = np.where(own, table[u] - discount, 0.0)
+        rest = table[u].sum() - left.sum()
+        if table[u].sum() == 0:
+            result[u] = 1 / NODES
+            continue
+        result[u] = np.where(own, left, max(rest, 0.5) / max((~own).sum(), 1))
+        result[u] /= result[u].sum()
+    return result
+
+
+@pytest.mark.parametrize("min_count", [1, 2])
+@torch.no_grad()
+def test_a_fresh_model_is_the_bigram_model_of_its_counts(min_count: int) -> None:
+    model, key, times = made(min_count=min_count)
+    model.graph.weight.zero_()
+    ids = torch.arange(NODES)[:, None]
+    found = model(ids, use_cache=False).logits[:, 0].softmax(-1)
+    expected = torch.from_numpy(discounted(key, times, min_count))
+    assert expected[0].max() > 3 * expected[0].min()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_shared_edge_starts_with_its_energy() -> None:
+    model, _, _ = made()
+    y = torch.nn.functional.gelu(model.graph.bias[0])
+    assert torch.linalg.vector_norm(y).item() == pytest.approx(SHARED_ENERGY, abs=1e-6)
+
+
+def test_directions_of_edges_differ_so_that_outputs_tell_where_they_came_from() -> None:
+    model, _, _ = made()
+    y = torch.nn.functional.normalize(torch.nn.functional.gelu(model.graph.bias[1:]), dim=1)
+    like = y @ y.T - torch.eye(len(y), dtype=y.dtype)
+    assert like.max() < 0.9999
+    assert (y > 0.01).double().mean() < 0.75
+
+
+def test_bare_edges_start_evenly_whatever_is_said() -> None:
+    config = BrillmConfig(vocab_size=NODES, signal_size=8, initial_energies="counts")
+    model = BrillmForCausalLM.from_edges(config, Edges.even(20, NODES))
+    assert model.graph.bias.abs().max() <= config.initializer_range
+
+
+def test_the_inverse_of_gelu_is_one() -> None:
+    y = torch.cat((torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 2, 200, dtype=torch.float64)))
+    torch.testing.assert_close(torch.nn.functional.gelu(before_gelu(y)), y, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unknown_start_is_refused_by_name() -> None:
+    with pytest.raises(StrictDataclassError, match="initial_energies='bigram': must be one of even, counts"):
+        BrillmConfig(vocab_size=NODES, initial_energies="bigram")
