@@ -9,7 +9,7 @@ from typing import Any
 import checks
 import pytest
 import torch
-from cases import CASES, ROUTED
+from cases import CASES, GRAPHS, ROUTED
 from checks import CHECKS, saved_and_loaded_it_is_the_same
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from pathlm.models.brian.memory import BlockMemory, NewestRows, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.pool import PoolRun
 from pathlm.models.brian.routing import RoutePool
+from pathlm.models.brillm import advance, energy, fused, modeling, positions
+from pathlm.models.brillm.memory import SignalMemory
+from pathlm.models.brillm.modeling import BrillmForCausalLM
 from pathlm.models.layers import rotate
 
 
@@ -232,6 +235,124 @@ def test_a_broken_route_fails_the_check_that_guards_against_it(
         getattr(checks, check)(model)
 
 
+# Faults of signal graphs, likewise.
+
+
+def pooled(self: Any, *given: Any, sound: Any) -> Any:
+    """The signal is a mean over the whole row."""
+    walk, ledger = sound(self, *given)
+    return walk._replace(signal_BTD=walk.signal_BTD + 0.1 * walk.signal_BTD.mean(1, keepdim=True)), ledger
+
+
+def crowded(self: Any, *given: Any, sound: Any) -> Any:
+    """The signal is a mean over the batch."""
+    walk, ledger = sound(self, *given)
+    return walk._replace(signal_BTD=walk.signal_BTD + 0.1 * walk.signal_BTD.mean(0, keepdim=True)), ledger
+
+
+def forgotten(self: Any, sound: Any) -> Any:
+    """What was read before has left nothing but the last token."""
+    last = sound(self)
+    return None if last is None else (torch.zeros_like(last[0]), *last[1:])
+
+
+def miscounted(self: Any, sound: Any) -> Any:
+    """Positions go on from another number where there is a memory, as in the original's decoding."""
+    last = sound(self)
+    return None if last is None else (*last[:2], last[2] - 1, last[3])
+
+
+def unmasked(token_BT: Tensor, past: int, mask: Any, documents: Any, sound: Any) -> Tensor:
+    """Padding is read as if it were text."""
+    return sound(token_BT, past, None, None if documents is None else documents.clamp(min=0))
+
+
+def joined(token_BT: Tensor, past: int, mask: Any, documents: Any, sound: Any) -> Tensor:
+    """Documents of a row are one text."""
+    return sound(token_BT, past, mask, None if documents is None else documents.clamp(max=0))
+
+
+def straight_on(token_BT: Tensor, document_BT: Tensor, last: Any, sound: Any) -> Any:
+    """A document that begins where a chunk begins is not told from the one before it."""
+    return sound(token_BT, document_BT, None if last is None else (*last[:2], torch.where(last[2] >= 0, document_BT[:, 0], last[2])))
+
+
+def only_own(*given: Any, sound: Any) -> Any:
+    """The softmax is over the edges that exist: nodes that share one are left out of it."""
+    energy_nR, shared_n, own_n, others_n, mine_nR = given
+    return sound(energy_nR, shared_n, own_n, others_n.new_full(others_n.shape, 1e-9), mine_nR)
+
+
+def only_own_compiled(*given: Any, sound: Any) -> Any:
+    """The same in the compiled loops: what is shared has no energy there."""
+    return sound(*given[:4], given[4] - 1e3, *given[5:])
+
+
+def alike(self: Any, arrivals: Any, target_N: Tensor, *rest: Any, sound: Any) -> Any:
+    """The loss compares a token's energies with the token itself."""
+    return sound(self, arrivals, arrivals.source_N, *rest)
+
+
+def early(memory: SignalMemory, *given: Any, sound: Any, **options: Any) -> Any:
+    """One token more, the short way, is scored before it is read."""
+    before = memory.state
+    found = sound(memory, *given, **options)
+    if before is not None:
+        memory.state = before
+    return found
+
+
+def fixed(self: Any, indices: Tensor, sound: Any) -> None:
+    """The memory does not follow its beams: every place keeps the row it has."""
+    sound(self, torch.arange(len(indices)) % len(self.last()[1]))
+
+
+def cropped(self: Any, tokens: int, sound: Any) -> None:
+    """One token too many is forgotten."""
+    sound(self, tokens - 1)
+
+
+GRAPH_FAULTS = (
+    (BrillmForCausalLM, "_walk", pooled, "the_past_cannot_see_the_future"),
+    (BrillmForCausalLM, "_walk", pooled, "decoding_in_any_chunks_is_one_forward_pass"),
+    (BrillmForCausalLM, "_walk", pooled, "documents_in_a_row_do_not_see_each_other"),
+    (BrillmForCausalLM, "_walk", crowded, "neighbours_and_their_order_change_nothing"),
+    (SignalMemory, "last", forgotten, "decoding_in_any_chunks_is_one_forward_pass"),
+    (SignalMemory, "last", forgotten, "one_row_is_decoded_as_many_are"),
+    (SignalMemory, "last", forgotten, "generation_with_and_without_memory_agrees"),
+    (SignalMemory, "last", miscounted, "decoding_in_any_chunks_is_one_forward_pass"),
+    (SignalMemory, "last", miscounted, "rows_are_written_together_as_they_are_read"),
+    (SignalMemory, "last", miscounted, "a_long_decode_outgrows_the_first_buffer"),
+    (SignalMemory, "last", miscounted, "rows_of_different_length_continue_together"),
+    (modeling, "_documents", unmasked, "padding_on_either_side_changes_nothing"),
+    (modeling, "_documents", unmasked, "rows_of_different_length_continue_together"),
+    (modeling, "_documents", joined, "documents_in_a_row_do_not_see_each_other"),
+    (modeling, "_documents", joined, "packed_documents_may_be_padded_on_either_side"),
+    (positions, "locate", straight_on, "documents_in_a_row_do_not_see_each_other"),
+    (energy, "_compare", only_own, "the_loss_counts_each_label_once"),
+    (fused, "score", only_own_compiled, "the_loss_counts_each_label_once"),
+    (BrillmForCausalLM, "_loss", alike, "the_loss_counts_each_label_once"),
+    (advance, "advance", early, "one_row_is_decoded_as_many_are"),
+    (advance, "advance", early, "rows_are_written_together_as_they_are_read"),
+    (SignalMemory, "batch_select_indices", fixed, "memory_can_be_cropped_repeated_and_reordered"),
+    (SignalMemory, "crop", cropped, "memory_can_be_cropped_repeated_and_reordered"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "check"), GRAPH_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_broken_signal_fails_the_check_that_guards_against_it(
+    owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault is only_own:  # the loops are another place where the same may go wrong
+        monkeypatch.setattr(energy.fused, "divided", lambda *_: (None, None))
+    model, sound = GRAPHS[0].build(), getattr(owner, name)
+    assert model.config.context == "pooled" and model.config.edges < model.config.vocab_size**2
+    getattr(checks, check)(model)
+    monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(model)
+
+
 @torch.no_grad()
 def indifferent(model: Any) -> None:
     """Let all blocks have the same score."""
@@ -244,6 +365,25 @@ def indifferent(model: Any) -> None:
 def test_a_model_that_forgets_to_save_something_is_caught(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         saved_and_loaded_it_is_the_same(CASES[0].build(model=ForgetsToSave), tmp_path)
+
+
+class DrawsAnew(BrillmForCausalLM):
+    """The first signal is not what the files say."""
+
+    made = 0
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        DrawsAnew.made += 1
+        self.extra = DrawsAnew.made
+
+    def _first_signals(self, *given: Any) -> Tensor:
+        return super()._first_signals(*given) * self.extra
+
+
+def test_a_signal_graph_that_forgets_to_save_something_is_caught(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        saved_and_loaded_it_is_the_same(GRAPHS[0].build(model=DrawsAnew), tmp_path)
 
 
 def test_a_memory_that_does_not_follow_its_beams_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +408,8 @@ def test_a_streamer_that_misses_a_token_is_caught(monkeypatch: pytest.MonkeyPatc
 def test_every_check_has_a_model_that_fails_it() -> None:
     shown = {check for _, check in BROKEN} | {check for *_, check in ROUTE_FAULTS}
     shown |= {"streaming_tells_what_generate_returns", "memory_can_be_cropped_repeated_and_reordered"}
-    assert shown == {check.__name__ for check in CHECKS}
+    of_graphs = {check for *_, check in GRAPH_FAULTS} | {"streaming_tells_what_generate_returns"}
+    assert shown == of_graphs == {check.__name__ for check in CHECKS}
 
 
 def test_turning_by_a_wrong_angle_is_a_different_function() -> None:
