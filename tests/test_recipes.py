@@ -15,6 +15,7 @@ from pathlm.models import family
 from pathlm.text.corpus import Corpus
 from pathlm.text.prepare import from_arguments, prepare, prepare_config
 from pathlm.train import start
+from pathlm.train.run import resolve
 
 SHIPPED = shipped_recipes()
 TRAINED = sorted(name for name in SHIPPED if not name.startswith("data-"))
@@ -115,6 +116,14 @@ def test_a_signal_graph_counts_its_edges_in_the_training_split_and_goes_on_as_if
     mine, theirs = resumed.state_dict(), model.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert again.best_validation == whole.best_validation
+
+
+def test_the_vocabulary_of_a_published_graph_may_be_smaller_where_edges_are_counted_and_is_refused_where_they_are_not(corpus):
+    job = resolve(load("brillm-en", [f'data.corpus="{corpus}"', "model.vocab_size=320"]))
+    assert (job.model_config.vocab_size, job.model_config.edges) == (320, 0)
+    with pytest.raises(ValueError, match=r"edges=906997: must lie in 0 … vocab_size² = 102400; set both"):
+        pathlm.preset("brillm-en", vocab_size=320)
+    assert pathlm.preset("brillm-en", vocab_size=320, edges=5_000).edges == 5_000
 
 
 @pytest.mark.parametrize("name", PREPARED)

@@ -293,6 +293,10 @@ def test_the_generate_command_takes_a_budget(folder):
     assert "budget=7.0: must lie above 0" in command("generate", "nowhere", "The", "--budget", "7").stderr
 
 
+def test_a_routed_model_cannot_be_traced_from_disk(folder):
+    assert "only a signal graph (brillm) can stay on disk" in command("trace", folder, "The", "--mmap").stderr
+
+
 def signal_path():
     """A sentence of three nodes: the second is where most energy arrived, the third is not."""
     second = Step(
@@ -320,6 +324,8 @@ def test_the_command_shows_the_signals_of_a_graph_and_writes_their_parts(tokeniz
     tokenizer.save_pretrained(tmp_path / "graph")
     done = command("trace", tmp_path / "graph", *TEXTS, "--out", tmp_path / "paths.jsonl")
     assert done.exit_code == 0 and "the initial signal starts here" in " ".join(done.stdout.split()) and "[2/2]" in done.stdout
+    mapped = command("trace", tmp_path / "graph", *TEXTS, "--mmap", "--out", tmp_path / "mapped.jsonl")
+    assert mapped.exit_code == 0 and (tmp_path / "mapped.jsonl").read_text() == (tmp_path / "paths.jsonl").read_text()
     for text, path in zip(TEXTS, read_paths(tmp_path / "paths.jsonl"), strict=True):
         assert path.text.endswith(text) and len(path.steps) == 1 + len(tokenizer.encode(text))
         for step in path.steps[1:]:

@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3.")]
 Budget = Annotated[float | None, typer.Option(help="Share of its route steps that a routed model may take on average.")]
+Mmap = Annotated[bool, typer.Option("--mmap", help="Leave the weights of a signal graph on disk; read those of each step.")]
 Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; by default a GPU where there is one.")]
 
 
@@ -170,7 +171,7 @@ def generate(
     batch: Annotated[int, typer.Option(help="Prompts continued at once.")] = 8,
     stop_at_end: Annotated[bool, typer.Option(help="Stop where the model ends its text.")] = True,
     budget: Budget = None,
-    mmap: Annotated[bool, typer.Option("--mmap", help="Leave the weights of a signal graph on disk; read those of each step.")] = False,
+    mmap: Mmap = False,
     device: Device = None,
 ) -> None:
     """Continue texts, streaming them as they are written."""
@@ -190,13 +191,15 @@ def trace(
     whole: Annotated[bool, typer.Option("--whole", help="Take each file as one text.")] = False,
     budget: Budget = None,
     out: Annotated[Path | None, typer.Option(help="Write the paths to this file, too, as JSON lines.")] = None,
+    mmap: Mmap = False,
     device: Device = None,
 ) -> None:
-    """Show the path of every token: which blocks it visited, and what almost happened."""
+    """Show the path of every token, through blocks or over nodes, and what almost happened."""
     from pathlm.generate import read_prompts
     from pathlm.trace import run
 
-    run(folder, read_prompts(texts or (), files or (), whole=whole), budget=budget, out=out, device=device, console=Console())
+    given = read_prompts(texts or (), files or (), whole=whole)
+    run(folder, given, budget=budget, out=out, device=device, mmap=mmap, console=Console())
 
 
 @app.command("presets")

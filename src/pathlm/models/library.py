@@ -39,10 +39,22 @@ def preset(name: str, **overrides: Any) -> PreTrainedConfig:
 
     Raises `ValueError` for a preset or field that does not exist and for a value that is not allowed.
     """
-    for model_type in FAMILIES:
-        package = family(model_type)
+    package = _package(name)
+    return build_strict(package.Config, package.PRESETS[name] | _known(package.Config, overrides))
+
+
+def preset_for_data(name: str, **overrides: Any) -> PreTrainedConfig:
+    """Return a preset's configuration for a model that data will complete, such as a graph whose edges are counted in it.
+
+    What the data decide is open unless it is overridden. Raises `ValueError` as `preset` does.
+    """
+    return preset(name, **(_package(name).FROM_DATA | overrides))
+
+
+def _package(name: str) -> Any:
+    for package in map(family, FAMILIES):
         if name in package.PRESETS:
-            return build_strict(package.Config, package.PRESETS[name] | _known(package.Config, overrides))
+            return package
     raise ValueError(f"preset={name!r}: there are {', '.join(n for f in FAMILIES for n in family(f).PRESETS)}")
 
 

@@ -54,7 +54,7 @@ def resolve(config: RunConfig) -> Job:
     from pathlm.text.mixture import open_rows
 
     # A typo in a recipe is told before a large corpus is opened.
-    model_config = library.preset(config.preset, **config.model)
+    model_config = library.preset_for_data(config.preset, **config.model)
     package = family(model_config.model_type)
     curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
     curriculum(config.steps, config=model_config)
@@ -67,7 +67,7 @@ def resolve(config: RunConfig) -> Job:
         validation = open_rows(config.data, "validation", seed=0, verify=False)  # just verified
     except ValueError as error:
         notes = (f"no validation: {error}",)
-    model_config = fit_to_rows(config, rows, partial(library.preset, config.preset), package.FROM_DATA)
+    model_config = fit_to_rows(config, rows, partial(library.preset_for_data, config.preset))
     if init is not None:
         _check_tokenizer(config, init["checkpoint"], rows.tokenizer())
     return Job(
@@ -106,14 +106,11 @@ def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:
         raise ValueError(f"init={config.init!r}: {rule}")
 
 
-def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any], from_data: dict[str, Any]) -> Any:
-    """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them.
-
-    `from_data` holds what else the preset leaves to the data, as its family says.
-    """
+def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any]) -> Any:
+    """Return the model's configuration with the vocabulary and special tokens of the data, unless the recipe sets them."""
     tokenizer = rows.tokenizer()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model_config = preset(**({"vocab_size": rows.vocab_size} | special | from_data | config.model))
+    model_config = preset(**({"vocab_size": rows.vocab_size} | special | config.model))
     if model_config.vocab_size < rows.vocab_size:
         rule = f"the tokenizer of the data has {rows.vocab_size} tokens; leave it out, or make it at least as large"
         raise ValueError(f"model.vocab_size={model_config.vocab_size}: {rule}")

@@ -104,7 +104,8 @@ class BrillmConfig(PreTrainedConfig):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         size, nodes = self.signal_size, self.vocab_size
         _require(size >= 2 and size % 2 == 0, "signal_size", size, "must be even and at least 2, for pairs of sine and cosine")
-        _require(0 <= self.edges <= nodes**2, "edges", self.edges, f"must lie in 0 … vocab_size² = {nodes**2}")
+        rule = f"must lie in 0 … vocab_size² = {nodes**2}; set both, as a preset's edges go with its nodes"
+        _require(0 <= self.edges <= nodes**2, "edges", self.edges, rule)
         for name, known in (
             ("arithmetic", ARITHMETICS),
             ("positions", POSITIONS),
