@@ -13,7 +13,7 @@ SMALL = [
     "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "data.length=32", "optim.warmup_steps=1",
     "model.hidden_size=32", "model.intermediate_size=48", "model.vocab_size=300", "model.max_position_embeddings=160",
 ]  # fmt: skip
-PHASES = ["text", "training", "evaluation", "sample", "routing", "routes"]
+PHASES = ["text", "training", "evaluation", "sample", "routing", "routes", "graph", "signal"]
 
 
 @pytest.fixture
@@ -58,6 +58,15 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert routes["budgets"][-1]["block_evaluations"] == 6
     assert len(result["paths"]) == 2
     assert shown.count("→ OUT") >= 6
+    assert (result["graph"].step, result["graph"].folder.name) == (4, "demo-graph")
+    scores = result["evaluation"]["ngrams"]["orders"], result["evaluation"]["model"], result["energies"]["model"]
+    table = shown[shown.index("the same") :]
+    assert [f"{number['bits_per_byte']:.4f}" in table for number in (scores[0]["2"], scores[0]["3"], *scores[1:])] == [True] * 4
+    assert scores[2]["tokens"] == scores[1]["tokens"]
+    assert result["signal"].text.endswith(module.SIGNAL) and "the initial signal starts here" in table
+    for step in result["signal"].steps[1:]:
+        assert sum(number for _, number in step.parts) == pytest.approx(step.score, abs=1e-5)
+    assert "pathlm trace runs/demo-graph" in shown
 
     again, shown = run()
     assert again["training"].finished_before
@@ -66,13 +75,15 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert again["routing"].finished_before
     assert again["routes"] == result["routes"]
     assert again["paths"] == result["paths"]
+    assert again["graph"].finished_before
+    assert (again["energies"], again["signal"]) == (result["energies"], result["signal"])
     assert "already prepared" in shown
-    assert shown.count("already measured") == 2
+    assert shown.count("already measured") == 3
 
 
-def test_overrides_concern_both_recipes_or_one(run):
-    result, _ = run("routed.steps=5", "plain.steps=2")
-    assert (result["training"].step, result["routing"].step) == (2, 5)
+def test_overrides_concern_all_recipes_or_one(run):
+    result, _ = run("routed.steps=5", "plain.steps=2", "graph.steps=3", "graph.model.signal_size=4")
+    assert (result["training"].step, result["routing"].step, result["graph"].step) == (2, 5, 3)
 
 
 def interrupt_step(monkeypatch, number):
@@ -100,7 +111,7 @@ def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
 
     result, _ = run()
     assert result["exit_code"] == 0
-    assert len(calls) == 4 + (2 - stopped) + 4
+    assert len(calls) == 4 + (2 - stopped) + 4 + 4
     assert "evaluation" in result
 
 
@@ -116,7 +127,20 @@ def test_stopped_by_ctrl_c_in_routing_it_continues_there(run, monkeypatch):
     assert "routes" in result
 
 
-@pytest.mark.parametrize("phase", ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths"])
+def test_stopped_by_ctrl_c_in_the_graphs_training_it_continues_there(run, monkeypatch):
+    interrupt_step(monkeypatch, 10)
+    result, shown = run()
+    assert result["exit_code"] == 130
+    assert "repeat the command that began it" in shown
+    assert "routes" in result and "signal" not in result
+    result, _ = run()
+    assert (result["exit_code"], result["routing"].finished_before, result["graph"].step) == (0, True, 4)
+    assert "signal" in result
+
+
+@pytest.mark.parametrize(
+    "phase", ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths", "_compare_graph", "_show_signal"]
+)
 def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase):
     def stop(*_):
         raise KeyboardInterrupt
@@ -130,5 +154,8 @@ def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase)
     assert list(result["seconds"]) == PHASES
     assert ("already prepared" in shown) == (phase != "_prepare")
     assert result["training"].finished_before == (phase not in ("_prepare", "_train"))
-    assert result["routing"].finished_before == (phase in ("_measure_routes", "_show_paths"))
-    assert shown.count("already measured") == {"_sample": 1, "_measure_routes": 1, "_show_paths": 2}.get(phase, 0)
+    last = ("_compare_graph", "_show_signal")
+    assert result["routing"].finished_before == (phase in ("_measure_routes", "_show_paths", *last))
+    assert result["graph"].finished_before == (phase in last)
+    known = {"_sample": 1, "_measure_routes": 1, "_show_paths": 2, "_compare_graph": 2, "_show_signal": 3}
+    assert shown.count("already measured") == known.get(phase, 0)

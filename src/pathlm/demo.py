@@ -1,4 +1,4 @@
-"""`pathlm demo`: the whole way on real text, from nothing to a measured, writing model, then to a routed one; repeated, it continues."""
+"""`pathlm demo`: the whole way on real text, from nothing to a writing model, a routed one and a signal graph; repeated, it continues."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlm.config import RunConfig, load
 TEXT = "data-sotu"
 RECIPE = "plain-tiny"
 ROUTED = "brian-tiny-route"
+GRAPH = "brillm-tiny"
 PROMPT = "My fellow citizens,"
 SPLIT = "test"
 """The checkpoint was chosen on the validation split, so it is judged on another one."""
@@ -24,6 +25,8 @@ SENTENCES = (
     "The Constitution provides that the Congress shall assemble at least once in every year.",
     "We have made great progress, and America is strong because our people are free.",
 )
+SIGNAL = "The people of the United States have a right to work."
+"""What the signal graph reads aloud, node by node."""
 ROUTE_TOKENS = 40_000
 """Of the first whole documents of the split: routes are measured on fewer tokens than losses."""
 
@@ -32,11 +35,16 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     """Prepare the State of the Union addresses, train the recipe `plain-tiny` into `folder`, measure it beside n-grams, let it write.
 
     Then wrap it: the recipe `brian-tiny-route` puts its blocks into a pool, trains a router, and writes the run `folder` + `-routed`; what
-    it saves and which way tokens take is printed. Every phase is skipped or continued where an earlier call, finished or stopped, has left
-    something. `overrides` change fields of both recipes, for example `data.length=128`; `plain.steps=50` and `routed.steps=50` of one.
+    it saves and which way tokens take is printed. Last, the recipe `brillm-tiny` trains a signal graph on the same tokens into `folder` +
+    `-graph`; it is measured on the same documents, and its signal is shown on its way along a sentence. Every phase is skipped or
+    continued where an earlier call, finished or stopped, has left something.
+
+    `overrides` change fields of all recipes, for example `data.length=128`; `plain.steps=50`, `routed.steps=50` and `graph.steps=50` of
+    one. Those of `model` are for the two decoders, the vocabulary's size for all.
 
     Returns the run's `folder`, the `corpus`, how the `training` ended, the `evaluation`, the `sample`, how the `routing` ended, the
-    `routes`, the `paths` of two sentences, the `seconds` of each phase, and `exit_code`: 0, or 128 + the signal that stopped a training
+    `routes`, the `paths` of two sentences, how the training of the `graph` ended, its `energies` (what `evaluation` is of the decoder),
+    the path of its `signal`, the `seconds` of each phase, and `exit_code`: 0, or 128 + the signal that stopped a training
     (what follows it is then missing). Raises `ValueError` where `folder` or the corpus folder hold something that other settings made.
     """
     console = console or Console()
@@ -44,34 +52,48 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     config = load(RECIPE, [*_of(overrides, "plain"), *_place(folder)])
     routed_folder = folder.with_name(folder.name + "-routed")
     routed = load(ROUTED, [*_of(overrides, "routed"), *_place(routed_folder), f"init={json.dumps(str(folder))}", "gates=warn"])
+    graph_folder = folder.with_name(folder.name + "-graph")
+    graph = load(GRAPH, [*_of(_for_graphs(overrides), "graph"), *_place(graph_folder)])
     corpus = Path(str(config.data.corpus))
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"folder": folder, "corpus": corpus, "seconds": seconds, "exit_code": 0}
-    with _phase(console, seconds, "1/6 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
+    with _phase(console, seconds, "1/8 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
         _prepare(config, corpus, console)
-    with _phase(console, seconds, "2/6 training", f"the recipe {RECIPE!r} into {folder}"):
+    with _phase(console, seconds, "2/8 training", f"the recipe {RECIPE!r} into {folder}"):
         result["training"] = _train(config, console)
     if result["training"].interrupted:
         return result | _stopped(result["training"], console)
-    with _phase(console, seconds, "3/6 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
+    with _phase(console, seconds, "3/8 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
         result["evaluation"] = _evaluate(folder, console)
-    with _phase(console, seconds, "4/6 sample", "what the model writes"):
+    with _phase(console, seconds, "4/8 sample", "what the model writes"):
         result["sample"] = _sample(folder, console)
-    with _phase(console, seconds, "5/6 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
+    with _phase(console, seconds, "5/8 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
         result["routing"] = _train(routed, console)
     if result["routing"].interrupted:
         return result | _stopped(result["routing"], console)
-    with _phase(console, seconds, "6/6 routes", "which blocks tokens visit, and what that saves"):
+    with _phase(console, seconds, "6/8 routes", "which blocks tokens visit, and what that saves"):
         result["routes"] = _measure_routes(folder, routed, console)
         result["paths"] = _show_paths(routed_folder, console)
+    with _phase(console, seconds, "7/8 graph", f"another kind of model, a graph of tokens: the recipe {GRAPH!r} into {graph_folder}"):
+        result["graph"] = _train(graph, console)
+    if result["graph"].interrupted:
+        return result | _stopped(result["graph"], console)
+    with _phase(console, seconds, "8/8 signal", "what it predicts beside the others, and its signal on its way along a sentence"):
+        result["energies"] = _compare_graph(graph_folder, result["evaluation"], console)
+        result["signal"] = _show_signal(graph_folder, console)
     _farewell(folder, corpus, result, console)
     return result
 
 
 def _of(overrides: Sequence[str], recipe: str) -> list[str]:
-    """Return the overrides that concern a recipe: those of both, then its own."""
-    both = [text for text in overrides if not text.startswith(("plain.", "routed."))]
-    return both + [text.removeprefix(f"{recipe}.") for text in overrides if text.startswith(f"{recipe}.")]
+    """Return the overrides that concern a recipe: those of all, then its own."""
+    of_all = [text for text in overrides if not text.startswith(("plain.", "routed.", "graph."))]
+    return of_all + [text.removeprefix(f"{recipe}.") for text in overrides if text.startswith(f"{recipe}.")]
+
+
+def _for_graphs(overrides: Sequence[str]) -> list[str]:
+    """Leave out what is said of the decoders' blocks, which a graph has none of."""
+    return [text for text in overrides if not text.startswith("model.") or text.startswith("model.vocab_size")]
 
 
 def _place(folder: Path) -> list[str]:
@@ -118,16 +140,23 @@ def _train(config: RunConfig, console: Console) -> Any:
 def _evaluate(folder: Path, console: Console) -> dict[str, Any]:
     """Measure, unless this very checkpoint has been measured; print the table either way."""
     from pathlm.evaluate import run
-    from pathlm.evaluate.checkpoint import find_checkpoint
     from pathlm.evaluate.compare import table
+
+    known = _measured(folder)
+    if not known:
+        return run(folder, split=SPLIT, console=console)
+    console.print("already measured", style="dim")
+    console.print(table(known, name=folder.name))
+    return known
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Return what an earlier call found of this very checkpoint; empty where there was none."""
+    from pathlm.evaluate.checkpoint import find_checkpoint
 
     file = folder / "eval.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get(SPLIT, {}) if file.is_file() else {}
-    if known.get("checkpoint") == str(find_checkpoint(folder)):
-        console.print("already measured", style="dim")
-        console.print(table(known, name=folder.name))
-        return known
-    return run(folder, split=SPLIT, console=console)
+    return known if known.get("checkpoint") == str(find_checkpoint(folder)) else {}
 
 
 def _sample(folder: Path, console: Console) -> str:
@@ -198,20 +227,70 @@ def _show_paths(folder: Path, console: Console) -> Any:
     return found
 
 
+def _compare_graph(folder: Path, plain: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Measure the signal graph on the documents that the decoder was measured on; print it between n-grams and the decoder."""
+    from rich.table import Table
+
+    from pathlm.evaluate import run
+
+    known = _measured(folder)
+    if known:
+        console.print("already measured", style="dim")
+    else:
+        with console.status("measuring the signal graph"):
+            known = run(folder, split=SPLIT)
+    orders = plain["ngrams"]["orders"]
+    rows = {
+        "2-gram": orders["2"],
+        "3-gram": orders["3"],
+        f"{RECIPE}, a decoder": plain["model"],
+        f"{GRAPH}, a signal graph": known["model"],
+    }
+    table = Table(title=f"{SPLIT}: the same {plain['model']['documents']:,} documents", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("bits/byte", justify="right")
+    for name, found in sorted(rows.items(), key=lambda row: -row[1]["bits_per_byte"]):
+        table.add_row(name, f"{found['bits_per_byte']:.4f}", style="bold" if name.startswith(GRAPH) else None)
+    console.print(table)
+    return known
+
+
+def _show_signal(folder: Path, console: Console) -> Any:
+    """Print one sentence as the signal walks it: how strongly it arrived at each node, out of what, and which rivals were ahead."""
+    from pathlm.trace import run, signals
+
+    found = run(folder, [SIGNAL])
+    console.print(
+        "\nthe signal on its way along a sentence: the energy with which it arrived at each token, which earlier steps that energy is made "
+        "of, and where else it would have arrived how strongly (pathlm trace shows any text):\n",
+        highlight=False,
+    )
+    signals.show(found, console)
+    return found[0][0]
+
+
 def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Console) -> None:
     """Print the verdict, where everything is, and what to type next."""
     measured = result["evaluation"]
     ours, theirs = measured["model"]["bits_per_byte"], measured["ngrams"]["orders"]["3"]["bits_per_byte"]
     verdict = "better than" if ours < theirs else "not better than"
     console.print(f"\n[bold]{ours:.4f} bits per byte, {verdict} the 3-gram's {theirs:.4f}[/] ({ours - theirs:+.4f})", highlight=False)
-    routed = folder.with_name(folder.name + "-routed")
-    places = {"run": folder, "routed": routed, "weights": folder / "checkpoints" / "best", "log": folder / "metrics.jsonl", "text": corpus}
+    routed, graph = (folder.with_name(folder.name + end) for end in ("-routed", "-graph"))
+    places = {
+        "run": folder,
+        "routed": routed,
+        "graph": graph,
+        "weights": folder / "checkpoints" / "best",
+        "log": folder / "metrics.jsonl",
+        "text": corpus,
+    }
     for name, place in places.items():
         console.print(f"  {name:<8} {place}", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next (after [bold]source .venv/bin/activate[/], or with .venv/bin/ in front):", highlight=False)
     for command in (
         f'pathlm generate {folder} "The state of the Union is"',
         f'pathlm trace {routed} "The state of the Union is strong."',
+        f'pathlm trace {graph} "The state of the Union is strong."',
         f"pathlm eval {folder} --split shift",
         f"pathlm train {RECIPE} --set name=wider --set model.hidden_size=192 --set model.intermediate_size=512",
         "pathlm presets",
