@@ -1,26 +1,47 @@
 #!/bin/sh
-# Trains signal graphs of several wirings, and a plain decoder with the operations of the first. First:
+# Trains signal graphs and a plain decoder. First:
 #   pathlm prepare data-sotu --out data/sotu-512 --vocab-size 512
-# Settings by environment: SEEDS, WIRINGS (names below), CORPUS, STEPS, WIDTH.
+#   pathlm prepare songci --tokenizer bpe --out data/songci-512 --vocab-size 512
+# `run.sh english` and `run.sh chinese` train what is missing in runs/brillm-heldout/…, a row after the other.
 set -e
 here=$(dirname "$0")
-corpus=${CORPUS:-data/sotu-512} steps=${STEPS:-80} width=${WIDTH:-16}
-for wiring in ${WIRINGS:-pooled decay-normalised}; do
-  case $wiring in
-    pooled) options="" ;;
-    chain) options="--set model.context=chain" ;;
-    *-normalised-kept) options="--set model.context=${wiring%-normalised-kept} --set model.normalise=true --set model.keep_initial=true" ;;
-    *-normalised) options="--set model.context=${wiring%-normalised} --set model.normalise=true" ;;
-    *) options="--set model.context=$wiring" ;;
-  esac
-  for seed in ${SEEDS:-0 1}; do
-    test -e "runs/brillm-heldout/$wiring-$seed" || pathlm train "$here/graph.toml" --set name="$wiring-$seed" --set seed="$seed" \
-      --set data.corpus="$corpus" --set steps="$steps" --set model.signal_size="$width" $options
-    last="runs/brillm-heldout/$wiring-$seed"
+row() {  # NAME SEEDS options …: one row of the table
+  name=$1 seeds=$2
+  shift 2
+  for seed in $seeds; do
+    test -e "$out/$name-$seed/checkpoints/best" || pathlm train "$here/graph.toml" --set out="$out" --set name="$name-$seed" \
+      --set seed="$seed" --set data.corpus="$corpus" "$@"
   done
-done
-for seed in ${SEEDS:-0 1}; do
-  test -e "runs/brillm-heldout/plain-$seed" || pathlm train "$here/plain.toml" --set name="plain-$seed" --set seed="$seed" \
-    --set data.corpus="$corpus" --set steps="$(python "$here/measure.py" match "$last" "$here/plain.toml")"
-done
-python "$here/measure.py" table runs/brillm-heldout "$corpus"
+}
+counts="--set model.initial_energies=counts --set model.initializer_range=0.1"
+forgets="--set model.context=decay --set model.normalise=true"
+long="--set data.length=128 --set micro_rows=16"
+case $1 in
+english)
+  out=runs/brillm-heldout/english corpus=${CORPUS:-data/sotu-512}
+  row published "0 1"
+  row best "0 1" $counts $forgets
+  row chain "0 1" --set model.context=chain
+  row published-counts "0 1" $counts
+  row best-even "0 1" $forgets
+  row best-not-normalised 0 $counts --set model.context=decay
+  row gated 0 $counts --set model.context=gated --set model.normalise=true
+  row node-decay 0 $counts --set model.context=node-decay --set model.normalise=true
+  row timescales 0 $counts --set model.context=timescales --set model.normalise=true
+  row decay+chain 0 $counts --set model.context=decay+chain --set model.normalise=true
+  row decay+decay 0 $counts --set model.context=decay+decay --set model.normalise=true
+  row best-length-256 0 $counts $forgets --set data.length=256 --set micro_rows=8
+  row published-sampled 0 --set model.rivals=400
+  row published-frozen 0 --set model.train_shared=false
+  row published-positions 0 --set model.positions=multiplied
+  row published-eps 0 --set optim.eps=1e-8
+  row best-8 0 $counts $forgets --set model.signal_size=8
+  row best-32 0 $counts $forgets --set model.signal_size=32
+  ;;
+chinese)
+  out=runs/brillm-heldout/chinese corpus=${CORPUS:-data/songci-512}
+  row published "0 1"
+  row best "0 1" $counts $forgets $long
+  ;;
+*) echo "run.sh english | chinese"; exit 2 ;;
+esac

@@ -210,7 +210,7 @@ GRAPHS = (
     Case("signal", "brillm"),
     Case("chain", "brillm", {"context": "chain"}),
     Case("held beyond 4", "brillm", {"trained_positions": 4, "beyond": "hold"}),
-    Case("continued beyond 4", "brillm", {"trained_positions": 4}),
+    Case("continued beyond 4", "brillm", {"trained_positions": 4, "beyond": "continue"}),
     Case("chain, no positions", "brillm", {"context": "chain", "positions": "none"}),
     Case("released positions", "brillm", {"positions": "multiplied"}),
     Case("small positions, own signal", "brillm", {"position_scale": 0.25, "initial_signal": 1.0}),

@@ -21,7 +21,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"context": "chain"},
     {"trained_positions": 4},
-    {"trained_positions": 4, "beyond": "hold"},
+    {"trained_positions": 4, "beyond": "continue"},
     {"positions": "none"},
     {"arithmetic": "released", "positions": "multiplied"},
     {"context": "decay", "normalise": True, "keep_initial": True},

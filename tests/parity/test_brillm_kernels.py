@@ -146,7 +146,7 @@ def test_energies_of_32_bits_are_as_good_as_those_of_tensors(by_tensors: Any) ->
         {},
         {"context": "chain"},
         {"positions": "none"},
-        {"beyond": "hold"},
+        {"beyond": "continue"},
         {"positions": "multiplied", "arithmetic": "released"},
         {"initializer_range": 2.0, "position_scale": 0.5},
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.counted import SHARED_ENERGY, before_gelu
 from pathlm.models.brillm.edges import Edges, count
-from pathlm.models.brillm.modeling import BrillmForCausalLM
+from pathlm.models.brillm.modeling import BrillmForCausalLM, from_rows
 
 NODES = 12
 
@@ -91,3 +93,18 @@ def test_the_inverse_of_gelu_is_one() -> None:
 def test_an_unknown_start_is_refused_by_name() -> None:
     with pytest.raises(StrictDataclassError, match="initial_energies='bigram': must be one of even, counts"):
         BrillmConfig(vocab_size=NODES, initial_energies="bigram")
+
+
+def test_position_weights_that_no_row_trains_are_told() -> None:
+    rows = SimpleNamespace(corpus=None, vocab_size=NODES, length=8, rows_per_epoch=4, batch=rows_of_8)
+    with pytest.warns(UserWarning, match="trained_positions=7: rows of 8 tokens train 6"):
+        from_rows(BrillmConfig(vocab_size=NODES, signal_size=8, trained_positions=7), rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_rows(BrillmConfig(vocab_size=NODES, signal_size=8, trained_positions=6), rows)
+        from_rows(BrillmConfig(vocab_size=NODES, signal_size=8, trained_positions=7, context="decay"), rows)
+
+
+def rows_of_8(first: int, count: int) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(first).integers(0, NODES, (count, 8))
+    return {"input_ids": ids, "labels": ids, "document_ids": np.zeros_like(ids)}

@@ -55,12 +55,13 @@ class BrillmConfig(PreTrainedConfig):
     """Frequencies of the sinusoidal positions: `divided` by 10000^(2j/d) as usual, `multiplied` as released, or `none`."""
     position_scale: float = 1.0
     """Factor of the positional vectors."""
-    trained_positions: int = 32
-    """Positions that have numbers of their own. What later ones do is said by `beyond`; there is no longest text. Contexts other than
-    `pooled` treat all outputs alike, so that of them only the positional vector is concerned."""
-    beyond: str = "continue"
-    """After the trained positions, `continue`: sinusoids go on, an output's weight stays the last one, so the mean gets ever slower.
-    `hold`: the positional vector and the share of the newest output in the mean both stay as they were at the last position."""
+    trained_positions: int = 30
+    """Positions that have numbers of their own; rows of T tokens train T - 2 of them. What later ones do is said by `beyond`; there is no
+    longest text. Contexts other than `pooled` treat all outputs alike, so that of them only the positional vector is concerned."""
+    beyond: str = "hold"
+    """After the trained positions, `hold`: the positional vector and the share of the newest output in the mean both stay as they were at
+    the last position. `continue`: sinusoids go on, an output's weight stays the last one, so the mean gets ever slower; trained weights
+    rise steeply, and texts beyond them are then read badly."""
     initial_signal: float | None = None
     """Every number of the signal that enters the first node; None is 1 / signal_size."""
     rivals: int | None = None

@@ -115,6 +115,7 @@ def _config(found: Released, pad: int | None = None) -> BrillmConfig:
             "arithmetic": "released",
             "positions": "multiplied",
             "trained_positions": found.position_P.numel(),
+            "beyond": "continue",
             "pad_token_id": pad,
         },
     )

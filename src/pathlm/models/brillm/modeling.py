@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,10 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
 
 def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
     """Return a fresh model for what `rows` hold: each pair of neighbours that comes at least `min_count` times gets an edge of its own."""
+    wanted, trained = config.trained_positions, max(rows.length - 2, 0)
+    if "pooled" in config.contexts and wanted > trained:
+        rule = f"rows of {rows.length} tokens train {trained} position weights; data.length={wanted + 2} trains all"
+        warnings.warn(f"trained_positions={wanted}: {rule}, and with untrained ones longer texts are read badly", stacklevel=2)
     return BrillmForCausalLM.from_counts(config, *count_rows(rows))
 
 
