@@ -36,12 +36,15 @@ english)
   row published-positions 0 --set model.positions=multiplied
   row published-eps 0 --set optim.eps=1e-8
   row best-8 0 $counts $forgets --set model.signal_size=8
+  row best-2-epochs "0 1" $counts $forgets $long --set steps=4568
+  row best-2-epochs-decayed 0 $counts $forgets $long --set steps=4568 --set optim.weight_decay=0.02
   row best-32 0 $counts $forgets --set model.signal_size=32
   ;;
 chinese)
   out=runs/brillm-heldout/chinese corpus=${CORPUS:-data/songci-512}
   row published "0 1"
-  row best "0 1" $counts $forgets $long
+  row best "0 1" $counts $forgets
+  row best-2-epochs "0 1" $counts $forgets $long --set steps=2768
   ;;
 *) echo "run.sh english | chinese"; exit 2 ;;
 esac

@@ -66,6 +66,8 @@ class BrillmConfig(PreTrainedConfig):
     """Every number of the signal that enters the first node; None is 1 / signal_size."""
     rivals: int | None = None
     """Nodes, drawn anew for every position, that the right one is compared with in training; None is all of them, exactly."""
+    signal_dropout: float = 0.0
+    """Probability with which training leaves out each number of a signal where it is scored; the others grow by 1 ÷ (1 - this)."""
     train_shared: bool = True
     """Whether the edge that all other pairs share is trained."""
     initializer_range: float = 0.5
@@ -121,6 +123,7 @@ class BrillmConfig(PreTrainedConfig):
         _require(self.position_scale > 0, "position_scale", self.position_scale, 'must be positive; positions="none" leaves them out')
         rule = f"must lie in 1 … vocab_size - 1 = {nodes - 1}, or be None for all"
         _require(self.rivals is None or 1 <= self.rivals < nodes, "rivals", self.rivals, rule)
+        _require(0 <= self.signal_dropout < 1, "signal_dropout", self.signal_dropout, "must be at least 0 and below 1")
         _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
         for name in ("pad_token_id", "bos_token_id"):
             token = getattr(self, name)

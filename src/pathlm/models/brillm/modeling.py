@@ -306,6 +306,8 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if count is None:
             count = max(target_N.numel(), 1)  # without a counted label the loss is 0, not 0 ÷ 0
         rivals = self.config.rivals if self.training else None
+        if self.training and self.config.signal_dropout:
+            arrivals = arrivals._replace(signal_ND=F.dropout(arrivals.signal_ND, self.config.signal_dropout))
         compared_NV = None if rivals is None else draw_rivals(target_N, self.config.vocab_size, rivals, generator)
         total, _, sure_N = cross_entropy(self.signal_graph, arrivals, target_N, ledger, rivals_NV=compared_NV)
         loss = total / count

@@ -1,4 +1,4 @@
-"""Edges whose first energies are counted: a fresh model is the bigram model of what was counted."""
+"""How a graph is trained: energies counted before the first step, positions that rows train, numbers of the signal that are dropped."""
 
 from __future__ import annotations
 
@@ -108,3 +108,21 @@ def test_position_weights_that_no_row_trains_are_told() -> None:
 def rows_of_8(first: int, count: int) -> dict[str, np.ndarray]:
     ids = np.random.default_rng(first).integers(0, NODES, (count, 8))
     return {"input_ids": ids, "labels": ids, "document_ids": np.zeros_like(ids)}
+
+
+def test_numbers_of_a_signal_are_dropped_in_training_alone() -> None:
+    model, _, _ = made(signal_dropout=0.5)
+    ids = torch.arange(NODES).view(2, -1)
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return model(ids, labels=ids).loss.item()
+
+    model.eval()
+    whole = loss(0)
+    assert whole == loss(1)
+    model.train()
+    assert loss(0) != loss(1)
+    assert loss(0) != whole
+    model.config.signal_dropout = 0.0
+    assert loss(0) == whole
