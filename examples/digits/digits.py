@@ -152,7 +152,7 @@ class Digits:
 class Training:
     """How a graph is trained."""
 
-    epochs: int = 60
+    epochs: int = 40
     batch: int = 128
     lr: float = 0.03
     thin: float = 0.5
