@@ -131,9 +131,9 @@ def unrefreshed(self: Any, step: int, sound: Any) -> None:
     """Steps that nobody takes now write no rows for those who take them later."""
 
 
-def from_the_first(last: Any, steps: int, step: int, blocks: int, sound: Any) -> Any:
-    """One token alone has its row made by another block."""
-    return 0 * last + min(step, blocks - 1)
+def in_reverse(pool: Any, blocks: list[Any], departed: list[Any], step: int, sound: Any) -> Any:
+    """While tokens are written one by one, those that have left have their rows made by other blocks."""
+    return sound(pool, blocks[::-1], departed, step)
 
 
 def unheard(self: Any, step: int, *rows: Tensor, sound: Any) -> None:
@@ -200,7 +200,8 @@ ROUTE_FAULTS = (
     (PoolRun, "_leave", rewritten, "padding_on_either_side_changes_nothing"),
     (PoolRun, "_leave", rewritten, "packed_documents_may_be_padded_on_either_side"),
     (PoolRun, "_refresh_all_from", unrefreshed, "decoding_in_any_chunks_is_one_forward_pass"),
-    (walk, "block_in_turn", from_the_first, "one_row_is_decoded_as_many_are"),
+    (walk, "refreshed", in_reverse, "one_row_is_decoded_as_many_are"),
+    (walk, "refreshed", in_reverse, "rows_are_written_together_as_they_are_read"),
     (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "rows_are_written_together_as_they_are_read"),
@@ -224,7 +225,7 @@ def test_a_broken_route_fails_the_check_that_guards_against_it(
     owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refreshed = replace(ROUTED[0], options=ROUTED[0].options | {"left_rows": "refreshed"}, call={"budget": 0.5})
-    model, sound = (refreshed if fault in (unrefreshed, from_the_first) else ROUTED[0]).build(), getattr(owner, name)
+    model, sound = (refreshed if fault in (unrefreshed, in_reverse) else ROUTED[0]).build(), getattr(owner, name)
     assert (model.config.max_route_steps, model.config.min_route_steps, model.config.route_top_k) == (4, 1, 1)
     if fault is last_first:
         indifferent(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pathlm.models.brian.grouping import Pick
 
-# Shapes: n tokens that have left, D width, P width of positions, M pool blocks, G key/value heads, K head width
+# Shapes: n tokens that have left, D width, P width of positions, G key/value heads, K head width
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,42 @@ class Departed:
     """The hidden states (n, D) they left with"""
     p: Tensor
     """The positions (n, P) they left from"""
-    at: Tensor
-    """The blocks (n,) they visited last"""
     steps: int
+    last: int | None = None
+    """The block that all of them visited last, where they are told apart by it: `by_last_block`"""
 
 
-def block_in_turn(last_n: Any, steps: int, step: int, blocks: int) -> Any:
-    """Return the blocks that make the rows of tokens at `step` that left after `steps` from `last_n`: in order, the last one for ever.
-
-    Takes and returns a tensor or an array. It depends on the token alone, so that its rows are the same whoever is still in the pool.
-    """
-    return (last_n + 1 + step - steps).clip(max=blocks - 1)
+def by_last_block(left: Departed, at_n: Tensor) -> list[Departed]:
+    """Tell tokens apart by the block (n,) that they visited last: what is made of them later depends on it."""
+    found = at_n.unique().tolist()
+    if len(found) == 1:
+        return [replace(left, last=found[0])]
+    mine = [(at_n == last).nonzero()[:, 0] for last in found]
+    return [
+        Departed(left.place[index], Pick.apply(left.h, index), left.p[index], left.steps, last)
+        for last, index in zip(found, mine, strict=True)
+    ]
 
 
 def refreshed(pool: Any, blocks: list[Any], departed: list[Departed], step: int) -> tuple[Tensor, Tensor]:
-    """Return the places (n,) of all tokens that have left, and the keys and values of their rows at `step` (n, 2G, K), not yet turned."""
-    block_n = torch.cat([block_in_turn(d.at, d.steps, step, len(blocks)) for d in departed])
-    place_n, h_nD = torch.cat([d.place for d in departed]), torch.cat([d.h for d in departed])
-    p_nP = torch.cat([d.p for d in departed]) if len(pool.adapters) else None
-    places, rows = [], []
-    for number in block_n.unique().tolist():
-        mine = (block_n == number).nonzero()[:, 0]
-        h = Pick.apply(h_nD, mine)
-        places.append(place_n[mine])
-        rows.append(blocks[number].remember(h if p_nP is None else h + pool.adapters[number](p_nP[mine])))
-    return torch.cat(places), torch.cat(rows)
+    """Return the places (n,) of tokens that have left, and the keys and values of their rows at `step` (n, 2G, K), not yet turned.
+
+    A row is made by the block in turn: from the one visited last on in order, and the last one for ever. That depends on the token alone,
+    so that its rows are the same whoever is still in the pool.
+    """
+    by_block: dict[int, list[Departed]] = {}
+    for left in departed:
+        assert left.last is not None
+        by_block.setdefault(min(left.last + 1 + step - left.steps, len(blocks) - 1), []).append(left)
+    rows = []
+    for number, group in sorted(by_block.items()):
+        h = joined([left.h for left in group])
+        if len(pool.adapters):
+            h = h + pool.adapters[number](joined([left.p for left in group]))
+        rows.append(blocks[number].remember(h))
+    return joined([left.place for _, group in sorted(by_block.items()) for left in group]), joined(rows)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return the parts below each other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -105,7 +105,7 @@ class BlockMemory(DynamicLayer):
         """Let `keys` and `values` be the first `length` tokens of the buffers."""
         assert self._buffers is not None
         keys, values = self._buffers
-        self._length, self.keys, self.values = length, keys[:, :, :length], values[:, :, :length]
+        self._length, self.keys, self.values = length, keys.narrow(2, 0, length), values.narrow(2, 0, length)
         return self.keys, self.values
 
 
@@ -113,24 +113,25 @@ class BlockMemory(DynamicLayer):
 class NewestRows:
     """The rows of the newest token of every batch row, to be written step by step, and the tables in which they are read."""
 
-    key_BRGK: Tensor
-    value_BRGK: Tensor
+    key_BRG1K: Tensor
+    value_BRG1K: Tensor
     keys: Sequence[Tensor]
     """For every version (B, G, S, K)"""
     values: Sequence[Tensor]
 
-    def write(self, step: int, row_n: Tensor | None, key_nGK: Tensor, value_nGK: Tensor) -> None:
+    def write(self, step: int, row_n: Tensor | None, key_nG1K: Tensor, value_nG1K: Tensor) -> None:
         """Write version `step`: of these batch rows (n,), None for all, the new rows, of the others those of the version before."""
-        for version_BRGK, rows in ((self.key_BRGK, key_nGK), (self.value_BRGK, value_nGK)):
+        for version_BRG1K, rows in ((self.key_BRG1K, key_nG1K), (self.value_BRG1K, value_nG1K)):
             if row_n is not None:
-                rows = version_BRGK[:, step - 1].index_copy(0, row_n, rows)
-            version_BRGK[:, step] = rows
+                rows = version_BRG1K[:, step - 1].index_copy(0, row_n, rows)
+            version_BRG1K.select(1, step).copy_(rows)
 
     def settle(self, steps: int) -> None:
         """Let the versions after the last of all steps be as that one."""
-        if steps < self.key_BRGK.shape[1]:
-            for now_BRGK in (self.key_BRGK, self.value_BRGK):
-                now_BRGK[:, steps:] = now_BRGK[:, steps - 1 : steps]
+        later = self.key_BRG1K.shape[1] - steps
+        if later:
+            for now_BRG1K in (self.key_BRG1K, self.value_BRG1K):
+                now_BRG1K.narrow(1, steps, later).copy_(now_BRG1K.narrow(1, steps - 1, 1))
 
 
 class PoolMemory(BlockMemory):
@@ -148,8 +149,9 @@ class PoolMemory(BlockMemory):
         """Make room for T more tokens, whose rows the steps then write; `key_BGTK` says how rows look."""
         batch, groups, tokens, width = key_BGTK.shape
         stop = self._length + tokens
-        like = key_BGTK.new_empty(()).expand(batch, self.versions * groups, tokens, width)
-        self._room_for(like, like, stop)
+        if self.capacity < stop:
+            like = key_BGTK.new_empty(()).expand(batch, self.versions * groups, tokens, width)
+            self._room_for(like, like, stop)
         self._show(stop)
 
     def write(self, step: int, key_BGTK: Tensor, value_BGTK: Tensor) -> None:
@@ -174,13 +176,14 @@ class PoolMemory(BlockMemory):
         self.extend(key_BGTK)
         stop, views = self._length, []
         for buffer in self._by_version(key_BGTK.shape[1]):
-            views.append((buffer[:, :, :, stop - 1], buffer[:, :, :, :stop].unbind(1)))
+            views.append((buffer.narrow(3, stop - 1, 1), buffer.narrow(3, 0, stop).unbind(1)))
         (key_now, keys), (value_now, values) = views
         return NewestRows(key_now, value_now, keys, values)
 
     def _by_version(self, groups: int) -> tuple[Tensor, ...]:
         assert self._buffers is not None
-        return tuple(buffer.unflatten(1, (self.versions, groups)) for buffer in self._buffers)
+        batch, _, capacity, width = self._buffers[0].shape
+        return tuple(buffer.view(batch, self.versions, groups, capacity, width) for buffer in self._buffers)
 
 
 class BrianCache(Cache):

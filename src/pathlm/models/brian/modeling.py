@@ -193,15 +193,15 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None] if mask is None else mask[:, 0].sum(-1) - 1
         rotary = self.rotary(position_ids, h_BTD.dtype)
         recompute = self.gradient_checkpointing and self.training
-        pool = self.config.pool_blocks
+        pool, first = self.config.pool_blocks, self.config.pre_blocks  # read once: a configuration answers slowly
         layer = 0
         for index, block in enumerate(self.blocks):
             if isinstance(block, PoolBlock):
-                if index == self.config.pre_blocks:
+                if index == first:
                     h_BTD = travel(self, h_BTD, journey, rotary, mask, memory, recompute=recompute)
                     layer += 1
                 continue
-            if pool and index >= self.config.pre_blocks:
+            if pool and index >= first:
                 journey.after_pool.append(h_BTD.detach())
             if recompute:
                 h_BTD = checkpoint(block, h_BTD, rotary, mask, None, layer, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pathlm.models.brian.departed import Departed, refreshed
+from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.grouping import Arrange, Pick, UnitGate, spread
 from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.routing import best_blocks, legal_blocks
@@ -340,7 +340,8 @@ class PoolRun:
 
     def _leave(self, state: _Tokens, steps: int) -> None:
         place = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
-        self._left.append(Departed(place, state.h, state.p, state.at, steps))
+        left = Departed(place, state.h, state.p, steps)
+        self._left += by_last_block(left, state.at) if self.pool.config.left_rows == "refreshed" else [left]
 
     def _refresh_all_from(self, step: int) -> None:
         """Write the rows of the steps that nobody takes: later tokens may take them."""

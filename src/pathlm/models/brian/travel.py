@@ -129,10 +129,9 @@ def travel(
         raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
     knobs = journey.knobs
     if suits(model, h_BTD, journey):
-        h_BTD, p_BTP, journey.records.evaluations = walk(
-            pool, model.pool_blocks, h_BTD, rotary, mask, rows, threshold_of(pool, journey.budget)
-        )
-        return pool.leave(h_BTD, p_BTP)
+        threshold = threshold_of(pool, journey.budget)
+        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, mask, rows, threshold)
+        return h_BTD
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
     journey.plan = steer(
         pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pathlm.models.brian.departed import block_in_turn
+from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.memory import NewestRows, PoolMemory
 from pathlm.models.brian.positions import IN
 from pathlm.models.brian.routing import RoutePool
@@ -22,7 +22,7 @@ from pathlm.models.layers import attend, rotate, turned
 
 @dataclass(frozen=True)
 class Signposts:
-    """What the router and the blocks make of a position, computed once for every place in the pool."""
+    """What the router, the blocks and the exit make of a position, computed once for every place in the pool."""
 
     from_hidden: Tensor
     """(A, D), below it the rows (n, D) of a second layer where the router has one"""
@@ -33,49 +33,105 @@ class Signposts:
     """What each place adds to the second layer's input (L, n), and its output weights (n, A)"""
     adapted: Tensor | None
     """What each block adds to its input at each place (M · L, D)"""
+    leaving: Tensor | None
+    """What is added to a token that leaves from each place (L, D)"""
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Tokens that left the pool together."""
+
+    row_n: np.ndarray | None
+    """Their rows in the batch; None for all"""
+    h_nD: Tensor
+    place_n: Any
+    """Where they left from: places (n,), or one number where they are a single token"""
+    steps: int
 
 
 def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
     """Whether a pass is one token per row that its router alone sends to one block at a time, and nobody asks how."""
     alone = h_BTD.shape[1] == 1 and h_BTD.shape[0] > 0 and not torch.is_grad_enabled() and not model.training
     asked = journey.knobs is not None or journey.trace or journey.target_BT is not None or journey.depths is not None
+    if not alone or asked or h_BTD.dtype not in (torch.float32, torch.float64):
+        return False
     config = model.config
-    tabled = config.router_sees_position or not config.location_bias
-    return alone and not asked and tabled and config.route_top_k == 1 and h_BTD.dtype in (torch.float32, torch.float64)
+    tabled = not config.location_bias or config.router_sees_position
+    return tabled and config.route_top_k == 1
 
 
 def walk(
     pool: RoutePool, blocks: list[Any], h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: PoolMemory | None,
     threshold: float,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, int]:  # fmt: skip
     """Send one token per row (B, 1, D) through the pool.
 
-    Returns the hidden states, the positions (B, 1, P) they left from, and how many blocks were run, summed over tokens. The same choices
-    as `PoolRun` makes, read off one small array per step.
+    Returns the hidden states as they leave it, and how many blocks were run, summed over tokens. The same choices as `PoolRun` makes, read
+    off one small array per step.
     """
-    config, posts = pool.config, signposts_of(pool)
-    # Read once: a configuration answers slowly.
-    shortest, longest, cap = config.min_route_steps, config.max_route_steps, config.max_repeats
-    eps, groups = config.rms_norm_eps, config.num_key_value_heads
-    assert shortest is not None and groups is not None
-    batch = h_BTD.shape[0]
-    rows = None if memory is None else memory.newest(h_BTD.new_empty(()).expand(batch, groups, 1, blocks[0].width))
+    posts, config = signposts_of(pool), vars(pool.config)  # a configuration's attributes answer slowly
+    rows = None
+    if memory is not None:
+        rows = memory.newest(h_BTD.new_empty(()).expand(len(h_BTD), config["num_key_value_heads"], 1, blocks[0].width))
     band = _Band(h_BTD[:, 0], rotary, mask, rows, blocks[0].heads)
-    place_n, repeats_n = np.full(batch, IN), np.zeros(batch, dtype=np.int64)
-    place_B, steps_B = np.empty(batch, dtype=np.int64), np.full(batch, longest)
-    left: list[tuple[np.ndarray, Tensor]] = []
+    if len(h_BTD) == 1 and h_BTD.device.type == "cpu":
+        left = [_alone(posts, config, blocks, band, threshold)]
+    else:
+        left = _together(posts, config, blocks, band, threshold)
+    if rows is not None:
+        rows.settle(left[-1].steps)
+        if config["left_rows"] == "refreshed":
+            _refresh(rows, pool, blocks, rotary, left)
+    h_BD, place_B = left[0].h_nD, left[0].place_n
+    if len(left) > 1:
+        order = np.argsort(np.concatenate([group.row_n for group in left]))
+        h_BD = torch.cat([group.h_nD for group in left]).index_select(0, _index(order, h_BD))
+        place_B = np.concatenate([group.place_n for group in left])[order]
+    if posts.leaving is not None:
+        h_BD = h_BD + _at(posts.leaving, place_B)
+    return h_BD[:, None], sum(len(group.h_nD) * group.steps for group in left)
+
+
+def _alone(posts: Signposts, config: dict[str, Any], blocks: list[Any], band: _Band, threshold: float) -> _Left:
+    """Send a single token. Its choices are a handful of numbers each: whatever gathers and compares rows would cost more than they."""
+    shortest, longest, cap, eps = (config[name] for name in ("min_route_steps", "max_route_steps", "max_repeats", "rms_norm_eps"))
+    place, repeats, width = IN, 0, band.h_nD.shape[1]
+    for step in range(longest):
+        h_D = band.h_nD[0]
+        seen_X, told_A = torch.mv(posts.from_hidden, h_D), posts.by_place[step if posts.by_step else place]
+        scale = (torch.dot(h_D, h_D).item() / width + eps) ** -0.5
+        out_A = told_A + scale * seen_X.numpy()[: len(told_A)]
+        if posts.second is not None:
+            added, weight = posts.second
+            out_A += (F.gelu(torch.add(added[place], seen_X[len(told_A) :], alpha=scale)) @ weight).numpy()
+        if step >= shortest and out_A[-1] < threshold:
+            return _Left(None, band.h_nD, place, step)
+        score_M = out_A[:-1]
+        if cap and repeats >= cap:
+            score_M[place - 1] = -np.inf
+        best = int(score_M.argmax())
+        band.visit_one(blocks[best], None if posts.adapted is None else posts.adapted[best * (len(blocks) + 2) + place], step)
+        repeats = repeats + 1 if place == best + 1 else 1
+        place = best + 1
+    return _Left(None, band.h_nD, place, longest)
+
+
+def _together(posts: Signposts, config: dict[str, Any], blocks: list[Any], band: _Band, threshold: float) -> list[_Left]:
+    """Send a token of every row; return them in groups that left after the same step, first those that left first."""
+    shortest, longest, cap, eps = (config[name] for name in ("min_route_steps", "max_route_steps", "max_repeats", "rms_norm_eps"))
+    place_n, repeats_n = np.full(band.batch, IN), np.zeros(band.batch, dtype=np.int64)
+    left: list[_Left] = []
     for step in range(longest):
         out_nA = _outputs(posts, band.h_nD, place_n, eps=eps, step=step)
         leaves_n = out_nA[:, -1] < threshold
         if step >= shortest and leaves_n.any():
-            going = np.flatnonzero(leaves_n)
-            gone = going if band.row_n is None else band.row_n[going]
-            place_B[gone], steps_B[gone] = place_n[going], step
-            stay = np.flatnonzero(~leaves_n)
-            left.append((gone, band.h_nD.index_select(0, _index(going, h_BTD)) if len(stay) else band.h_nD))
-            place_n, repeats_n, out_nA = place_n[stay], repeats_n[stay], out_nA[stay]
+            going, stay = np.flatnonzero(leaves_n), np.flatnonzero(~leaves_n)
             if not len(stay):
-                break
+                left.append(_Left(band.row_n, band.h_nD, place_n, step))
+                return left
+            gone = going if band.row_n is None else band.row_n[going]
+            left.append(_Left(gone, band.h_nD.index_select(0, _index(going, band.h_nD)), place_n[going], step))
+            place_n, repeats_n, out_nA = place_n[stay], repeats_n[stay], out_nA[stay]
             band.keep(stay)
         score_nM = out_nA[:, :-1]
         if cap and step:
@@ -85,38 +141,25 @@ def walk(
         band.visit(blocks, best_n, place_n, step, posts.adapted)
         repeats_n = np.where(place_n == best_n + 1, repeats_n + 1, 1) if cap else repeats_n
         place_n = best_n + 1
-    else:
-        gone = np.arange(batch) if band.row_n is None else band.row_n
-        place_B[gone] = place_n
-        left.append((gone, band.h_nD))
-    if rows is not None:
-        rows.settle(int(steps_B.max()))
-        if config.left_rows == "refreshed":
-            for gone, h_nD in left:
-                _refresh(rows, blocks, rotary, gone, h_nD, place_n=place_B[gone], steps=int(steps_B[gone[0]]), adapted=posts.adapted)
-    h_BD = left[0][1]
-    if len(left) > 1:
-        order = np.argsort(np.concatenate([gone for gone, _ in left]))
-        h_BD = torch.cat([h for _, h in left]).index_select(0, _index(order, h_BTD))
-    return h_BD[:, None], pool.position.index_select(0, _index(place_B, h_BTD)).to(h_BTD.dtype)[:, None], int(steps_B.sum())
+    left.append(_Left(band.row_n, band.h_nD, place_n, longest))
+    return left
 
 
-def _refresh(
-    rows: NewestRows, blocks: list[Any], rotary: tuple[Tensor, Tensor], row_n: np.ndarray, h_nD: Tensor, *,
-    place_n: np.ndarray, steps: int, adapted: Tensor | None,
-) -> None:  # fmt: skip
-    """Make the rows of tokens that left together after `steps` anew for every step they did not take."""
-    for step in range(steps, rows.key_BRGK.shape[1]):
-        block_n = block_in_turn(place_n - 1, steps, step, len(blocks))
-        for number in np.unique(block_n).tolist():
-            mine = np.flatnonzero(block_n == number)
-            x_nD, row = h_nD.index_select(0, _index(mine, h_nD)), _index(row_n[mine], h_nD)
-            if adapted is not None:
-                x_nD = x_nD + adapted.index_select(0, _index(number * (len(adapted) // len(blocks)) + place_n[mine], h_nD))
-            key, value = blocks[number].remember(x_nD).tensor_split(2, dim=1)
-            cos, sin = (table if table.shape[0] == 1 else table.index_select(0, row) for table in rotary)
-            rows.key_BRGK[row, step] = rotate(key[:, None], cos, sin)[:, 0]
-            rows.value_BRGK[row, step] = value
+def _refresh(rows: NewestRows, pool: RoutePool, blocks: list[Any], rotary: tuple[Tensor, Tensor], left: list[_Left]) -> None:
+    """Make the rows of the tokens anew for every step that they did not take."""
+    departed: list[Departed] = []
+    for group in left:
+        place_n = np.atleast_1d(group.place_n)
+        row_n = np.arange(len(place_n)) if group.row_n is None else group.row_n
+        p_nP = _at(pool.position, place_n).to(group.h_nD.dtype)
+        gone = Departed(_index(row_n, p_nP), group.h_nD, p_nP, group.steps)
+        departed += by_last_block(gone, _index(place_n - 1, p_nP))
+    for step in range(departed[0].steps, rows.key_BRG1K.shape[1]):
+        row_n, kv = refreshed(pool, blocks, [group for group in departed if group.steps <= step], step)
+        key, value = kv[:, None].tensor_split(2, dim=2)
+        cos, sin = (table if table.shape[0] == 1 else table.index_select(0, row_n) for table in rotary)
+        rows.key_BRG1K[row_n, step] = rotate(key, cos, sin).transpose(1, 2)
+        rows.value_BRG1K[row_n, step] = value.transpose(1, 2)
 
 
 class _Band:
@@ -147,16 +190,20 @@ class _Band:
         edge = np.flatnonzero(here[1:] != here[:-1])
         self.cuts = np.diff(edge, prepend=0, append=self.batch).tolist()
 
+    def visit_one(self, block: Any, added: Tensor | None, step: int) -> None:
+        """Run one block on all of them. `added` (n, D) or (D,) is what their places add to its input."""
+        x_nD = self.h_nD if added is None else self.h_nD + added
+        self.h_nD = block.finish(self.h_nD, self._attended(block.project(x_nD), step))
+
     def visit(self, blocks: list[Any], best_n: np.ndarray, place_n: np.ndarray, step: int, adapted: Tensor | None) -> None:
         """Run the chosen blocks: all write their rows, then all read."""
-        h_nD = x_nD = self.h_nD
-        if adapted is not None:
-            x_nD = h_nD + adapted.index_select(0, _index(best_n * (len(adapted) // len(blocks)) + place_n, h_nD))
+        added = None if adapted is None else _at(adapted, best_n * (len(blocks) + 2) + place_n)
         first = int(best_n[0])
         if (best_n == first).all():
-            block = blocks[first]
-            self.h_nD = block.finish(h_nD, self._attended(block.project(x_nD), step))
+            self.visit_one(blocks[first], added, step)
             return
+        h_nD = self.h_nD
+        x_nD = h_nD if added is None else h_nD + added
         order = np.argsort(best_n, kind="stable")
         counts = np.bincount(best_n)
         chosen = [blocks[i] for i in np.flatnonzero(counts)]
@@ -174,7 +221,7 @@ class _Band:
         query, key, value = turned(qkv_nXK[:, None], self.rotary, self.heads)
         if self.rows is None:
             return attend(query, key, value, self.mask).flatten(1)
-        self.rows.write(step, self.index_n, key[:, :, 0], value[:, :, 0])
+        self.rows.write(step, self.index_n, key, value)
         keys, values = self.rows.keys[step], self.rows.values[step]
         if self.index_n is None:
             return attend(query, keys, values, self.mask).flatten(1)
@@ -207,6 +254,11 @@ def _host(x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
+def _at(table_LX: Tensor, place_n: Any) -> Tensor:
+    """Return the rows of a table for places (n,), or the row (X,) of one place that is a number."""
+    return table_LX[place_n] if isinstance(place_n, int) else table_LX.index_select(0, _index(place_n, table_LX))
+
+
 def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
     """Return `numbers` as an index where `like` is."""
     return torch.from_numpy(numbers).to(like.device)
@@ -215,20 +267,17 @@ def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
 def signposts_of(pool: RoutePool) -> Signposts:
     """Return the pool's signposts, made anew when a weight has changed."""
     known = pool.signposts
-    if known is None or known[1] != [_version(t) for t in known[0]]:
-        tensors = [*pool.parameters(), pool.load_bias]
-        known = pool.signposts = (tensors, [_version(t) for t in tensors], make_signposts(pool))
+    if known is None or known[1] != [t._version for t in known[0]]:
+        # Tensors made in inference mode do not count how often they were written to, and are not trained either.
+        tensors = [t for t in (*pool.parameters(), pool.load_bias) if not t.is_inference()]
+        known = pool.signposts = (tensors, [t._version for t in tensors], make_signposts(pool))
     return known[2]
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; those made in inference mode do not count, and are not trained either."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def threshold_of(pool: RoutePool, budget: float | None) -> float:
     """Return the gain below which a token leaves as a number, looked up again only when a threshold has moved."""
-    key = (budget, *(_version(t) for t in (pool.exit_threshold, pool.budgets_trained, pool.budget_default)))
+    numbers = (pool.exit_threshold, pool.budgets_trained, pool.budget_default)
+    key = (budget, *(0 if t.is_inference() else t._version for t in numbers))
     if pool.known_threshold is None or pool.known_threshold[0] != key:
         pool.known_threshold = (key, float(pool.threshold(budget)))
     return pool.known_threshold[1]
@@ -251,6 +300,7 @@ def make_signposts(pool: RoutePool) -> Signposts:
     if len(pool.adapters):
         layers: Any = pool.adapters
         adapted = torch.cat([position.to(layer.weight.dtype) @ layer.weight.T for layer in layers])
+    leaving = None if pool.out is None else position.to(pool.out.weight.dtype) @ pool.out.weight.T
     weight, second = router.from_hidden.weight.to(dtype), None
     if config.router_hidden:
         width = config.hidden_size
@@ -258,4 +308,4 @@ def make_signposts(pool: RoutePool) -> Signposts:
         added = router.hidden_in.bias.to(dtype) + (position @ inner[:, width:].T if inner.shape[1] > width else 0.0)
         second = (added.expand(len(position), -1).contiguous(), router.hidden_out.weight.to(dtype).T.contiguous())
         weight = torch.cat((weight, inner[:, :width]))
-    return Signposts(weight, table.cpu().numpy(), by_step, second, adapted)
+    return Signposts(weight, table.cpu().numpy(), by_step, second, adapted, leaving)
