@@ -80,3 +80,12 @@ def test_a_route_that_differs_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(RoutePool, "scores", rough)
     assert disagreements(CASES["top-1"], 20)[1] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_single_tokens_are_read_in_mixed_precision_too(rows: int) -> None:
+    model, tokens = CASES["top-1"].build(torch.float32), torch.arange(1, 1 + rows)[:, None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        told, traced = model(tokens), model(tokens, trace=True)
+    torch.testing.assert_close(told.logits, traced.logits)

@@ -126,13 +126,12 @@ class RoutePool(nn.Module):
         self.register_buffer("position", table, persistent=False)
         # What decoding token by token looks up instead of computing; derived from weights and made anew when they change.
         self.signposts: tuple[list[Tensor], list[int], Any] | None = None
-        self.known_threshold: tuple[Any, float] | None = None
         for name, start in self._buffers_at_start().items():
             self.register_buffer(name, start)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutePool:
         """Move or convert, numbers to no less than float32, and forget what was derived from the tensors as they were."""
-        self.signposts = self.known_threshold = None
+        self.signposts = None
         before = {name: getattr(self, name) for name in NUMBERS}
         super()._apply(fn, recurse)
         for name, number in before.items():
@@ -143,7 +142,7 @@ class RoutePool(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load weights, as part of a whole model's too, and forget what was derived from those before."""
-        self.signposts = self.known_threshold = None
+        self.signposts = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _buffers_at_start(self) -> dict[str, Tensor]:

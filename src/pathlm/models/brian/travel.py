@@ -14,7 +14,7 @@ from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import PoolMemory
 from pathlm.models.brian.pool import Plan, PoolRun, Records, Surroundings
 from pathlm.models.brian.steering import TAUGHT, note_difficulty, steer
-from pathlm.models.brian.walk import suits, threshold_of, walk
+from pathlm.models.brian.walk import suits, walk
 from pathlm.models.losses import IGNORE
 
 # Shapes: B rows, T tokens, N = B · T, D width, S tokens attended, w watched tokens
@@ -129,8 +129,7 @@ def travel(
         raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
     knobs = journey.knobs
     if suits(model, h_BTD, journey):
-        threshold = threshold_of(pool, journey.budget)
-        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, mask, rows, threshold)
+        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, mask, rows, journey.budget)
         return h_BTD
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
     journey.plan = steer(

@@ -35,14 +35,22 @@ class Signposts:
     """What each block adds to its input at each place (M · L, D)"""
     leaving: Tensor | None
     """What is added to a token that leaves from each place (L, D)"""
+    thresholds: dict[float | None, float]
+    """The gain below which a token leaves, for every budget asked for so far"""
+
+    def threshold(self, pool: RoutePool, budget: float | None) -> float:
+        """Return the gain below which a token leaves, as a number."""
+        if budget not in self.thresholds:
+            self.thresholds[budget] = float(pool.threshold(budget))
+        return self.thresholds[budget]
 
 
 @dataclass(frozen=True)
 class _Left:
     """Tokens that left the pool together."""
 
-    row_n: np.ndarray | None
-    """Their rows in the batch; None for all"""
+    row_n: Any
+    """Their rows in the batch (n,); None for all"""
     h_nD: Tensor
     place_n: Any
     """Where they left from: places (n,), or one number where they are a single token"""
@@ -53,7 +61,8 @@ def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
     """Whether a pass is one token per row that its router alone sends to one block at a time, and nobody asks how."""
     alone = h_BTD.shape[1] == 1 and h_BTD.shape[0] > 0 and not torch.is_grad_enabled() and not model.training
     asked = journey.knobs is not None or journey.trace or journey.target_BT is not None or journey.depths is not None
-    if not alone or asked or h_BTD.dtype not in (torch.float32, torch.float64):
+    rounded = h_BTD.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(h_BTD.device.type)
+    if not alone or asked or rounded:
         return False
     config = model.config
     tabled = not config.location_bias or config.router_sees_position
@@ -62,7 +71,7 @@ def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
 
 def walk(
     pool: RoutePool, blocks: list[Any], h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: PoolMemory | None,
-    threshold: float,
+    budget: float | None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Send one token per row (B, 1, D) through the pool.
 
@@ -70,7 +79,7 @@ def walk(
     off one small array per step.
     """
     posts, config = signposts_of(pool), vars(pool.config)  # a configuration's attributes answer slowly
-    rows = None
+    threshold, rows = posts.threshold(pool, budget), None
     if memory is not None:
         rows = memory.newest(h_BTD.new_empty(()).expand(len(h_BTD), config["num_key_value_heads"], 1, blocks[0].width))
     band = _Band(h_BTD[:, 0], rotary, mask, rows, blocks[0].heads)
@@ -265,22 +274,14 @@ def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
 
 
 def signposts_of(pool: RoutePool) -> Signposts:
-    """Return the pool's signposts, made anew when a weight has changed."""
+    """Return the pool's signposts, made anew when a weight or a threshold has changed."""
     known = pool.signposts
     if known is None or known[1] != [t._version for t in known[0]]:
         # Tensors made in inference mode do not count how often they were written to, and are not trained either.
-        tensors = [t for t in (*pool.parameters(), pool.load_bias) if not t.is_inference()]
+        numbers = (pool.load_bias, pool.exit_threshold, pool.budgets_trained, pool.budget_default)
+        tensors = [t for t in (*pool.parameters(), *numbers) if not t.is_inference()]
         known = pool.signposts = (tensors, [t._version for t in tensors], make_signposts(pool))
     return known[2]
-
-
-def threshold_of(pool: RoutePool, budget: float | None) -> float:
-    """Return the gain below which a token leaves as a number, looked up again only when a threshold has moved."""
-    numbers = (pool.exit_threshold, pool.budgets_trained, pool.budget_default)
-    key = (budget, *(0 if t.is_inference() else t._version for t in numbers))
-    if pool.known_threshold is None or pool.known_threshold[0] != key:
-        pool.known_threshold = (key, float(pool.threshold(budget)))
-    return pool.known_threshold[1]
 
 
 @torch.no_grad()
@@ -308,4 +309,4 @@ def make_signposts(pool: RoutePool) -> Signposts:
         added = router.hidden_in.bias.to(dtype) + (position @ inner[:, width:].T if inner.shape[1] > width else 0.0)
         second = (added.expand(len(position), -1).contiguous(), router.hidden_out.weight.to(dtype).T.contiguous())
         weight = torch.cat((weight, inner[:, :width]))
-    return Signposts(weight, table.cpu().numpy(), by_step, second, adapted, leaving)
+    return Signposts(weight, table.cpu().numpy(), by_step, second, adapted, leaving, {})
