@@ -1,5 +1,6 @@
 """The demo on a small text of our own: it goes the whole way, and continues wherever it was stopped."""
 
+import re
 import signal
 
 import pytest
@@ -60,10 +61,11 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert shown.count("→ OUT") >= 6
     assert (result["graph"].step, result["graph"].folder.name) == (4, "demo-graph")
     scores = result["evaluation"]["ngrams"]["orders"], result["evaluation"]["model"], result["energies"]["model"]
-    table = shown[shown.index("the same") :]
+    table = shown[shown.index("test: the same") :]
     assert [f"{number['bits_per_byte']:.4f}" in table for number in (scores[0]["2"], scores[0]["3"], *scores[1:])] == [True] * 4
     assert scores[2]["tokens"] == scores[1]["tokens"]
-    assert result["signal"].text.endswith(module.SIGNAL) and "the initial signal starts here" in table
+    assert result["signal"].text.endswith(module.SIGNAL) and "made of" in table
+    assert len(re.findall(r"^ +\d+ ", table, flags=re.MULTILINE)) >= len(result["signal"].steps), "a line per node"
     for step in result["signal"].steps[1:]:
         assert sum(number for _, number in step.parts) == pytest.approx(step.score, abs=1e-5)
     assert "pathlm trace runs/demo-graph" in shown
