@@ -1,7 +1,7 @@
 """Held-out bits per byte of trained signal graphs beside Kneser–Ney n-grams on the same tokens and a plain decoder of equal training cost.
 
-`measure.py table RUNS CORPUS [TOKENS]` measures every run in RUNS on the test split and writes results.json. `measure.py match RUN RECIPE`
-prints how many steps the plain decoder of RECIPE may train for the operations that RUN took.
+`measure.py table RUNS CORPUS [TOKENS]` measures every run in RUNS on the test split and writes results-<name of RUNS>.json. `measure.py
+match RUN RECIPE` prints how many steps the plain decoder of RECIPE may train for the operations that RUN took.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def table(runs: Path, folder: Path, tokens: int) -> None:
     }
     print(shown(found, counted))
     result = {"test_tokens": sum(record.tokens - 1 for record in chosen), "runs": found, "ngrams": counted}
-    (Path(__file__).parent / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (Path(__file__).parent / f"results-{runs.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def shown(found: dict[str, list[dict[str, Any]]], counted: dict[str, Any]) -> str:
