@@ -57,6 +57,16 @@ def match(run: Path, recipe: Path) -> int:
     return round(spent["tokens"] * spent["flops_per_token"] / (3 * model.flops_per_token(plain.data.length) * plain.batch_tokens))
 
 
+def measured(run: Path, corpus: Corpus, tokens: int) -> dict[str, Any]:
+    """Return what a run cost and its losses on the first whole documents of the test split."""
+    model, _ = pathlm.load(run / "checkpoints" / "best")
+    one: dict[str, Any] = {"run": run.name} | training_cost(run, corpus)
+    for context in CONTEXTS:
+        found = score(model, corpus, "test", context=context, stride=context // 2, max_tokens=tokens)
+        one[str(context)] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
+    return one
+
+
 def table(runs: Path, folder: Path, tokens: int) -> None:
     """Measure all runs and print them by name, seeds together."""
     corpus = Corpus.open(folder, verify=False)
@@ -65,11 +75,10 @@ def table(runs: Path, folder: Path, tokens: int) -> None:
     for run in sorted(runs.iterdir()):
         if not (run / "checkpoints" / "best").exists():
             continue
-        model, _ = pathlm.load(run / "checkpoints" / "best")
-        one: dict[str, Any] = {"run": run.name} | training_cost(run, corpus)
-        for context in CONTEXTS:
-            measured = score(model, corpus, "test", context=context, stride=context // 2, max_tokens=tokens)
-            one[str(context)] = {"loss": measured.loss, "bits_per_byte": measured.bits_per_byte}
+        kept = run / f"heldout-{tokens}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(measured(run, corpus, tokens)) + "\n", encoding="utf-8")
+        one = json.loads(kept.read_text(encoding="utf-8"))
         found.setdefault(run.name.rpartition("-")[0], []).append(one)
         print(json.dumps(one), flush=True)
     read = max((int(one["tokens"]) for ones in found.values() for one in ones), default=0)
