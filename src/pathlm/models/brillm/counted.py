@@ -46,7 +46,7 @@ def set_energies(graph: Any, key: np.ndarray, times: np.ndarray, *, min_count: i
     The directions are drawn anew for every edge, so that what arrives tells where it came from. Weights stay as they are.
     """
     nodes, width = graph.start.numel() - 1, graph.bias.shape[1]
-    energy_E = energies(key, times, nodes, min_count=min_count).to(graph.bias.dtype)
+    energy_E = energies(key, times, nodes, min_count=min_count).to(graph.bias)
     draw_ED = torch.rand_like(graph.bias[1:])
     # At least one number of each, so that there is a direction.
     draw_ED *= (draw_ED.roll(1, dims=1) < 0.5) | (draw_ED == draw_ED.amax(dim=1, keepdim=True))

@@ -35,7 +35,7 @@ class Edges:
         key_E = torch.as_tensor(key_E, dtype=torch.int64)
         if key_E.numel() and (int(key_E[0]) < 0 or int(key_E[-1]) >= nodes**2 or bool((key_E[1:] <= key_E[:-1]).any())):
             raise ValueError(f"key_E: must rise strictly and lie in 0 … {nodes**2 - 1} for {nodes} nodes")
-        return cls(key_E, torch.searchsorted(key_E, torch.arange(nodes + 1) * nodes))
+        return cls(key_E, torch.searchsorted(key_E, torch.arange(nodes + 1, device=key_E.device) * nodes))
 
     @classmethod
     def from_pairs(cls, pairs: Int[Any, "n 2"], nodes: int) -> Edges:

@@ -205,6 +205,13 @@ class _Gradients:
         self.weight_XDD[dense : dense + many].view(-1, signal_nD.shape[1]).addmm_(dz_nRD.flatten(1).T, signal_nD)
         self.bias_KD[at : at + many] += dz_nRD.sum(0)
 
+    def own(self, source_N: Tensor) -> fused.OwnEdges:
+        """Return the room for edges of their own, and where each position's source has its part."""
+        # The order of `begin` is that of the sources, which rise.
+        found_K, place_N = torch.unique(source_N, return_inverse=True)
+        begin_K = torch.tensor(list(self.begin.values()), device=found_K.device)
+        return fused.OwnEdges(begin_K[place_N], self.weight_XDD, self.bias_KD)
+
     def add_shared(self, dz_ND: Tensor, signal_ND: Tensor) -> None:
         """Add what all positions say about the shared edge."""
         self.weight_XDD[SHARED].addmm_(dz_ND.T, signal_ND)
@@ -259,14 +266,16 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_EDD, bias_ED, edges = graph.weight_EDD, graph.bias_ED, graph.edges
         nodes, row_N = edges.start_V1.numel() - 1, edges.lookup(source_N, target_N)
-        # Slabs that few positions share are left to compiled loops where there are any, the others to matrix products.
-        few_M, dense_M = fused.divided(graph, signal_ND, source_N)
+        # A GPU's kernels take all. Else slabs that few positions share are left to compiled loops where there are any, the others to
+        # matrix products.
+        on_gpu = fused.on_gpu(graph, signal_ND)
+        few_M, dense_M = (None, None) if on_gpu else fused.divided(graph, signal_ND, source_N)
         learns = any(ctx.needs_input_grad)
         found = _Gradients(graph, source_N, dense_M) if learns else None
         z_N1D, y_N1D, energy_N1 = _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND)
         loss_N, sure_N, slope_N1 = torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1[:, 0]), torch.empty_like(energy_N1)
         dsignal_ND = torch.zeros_like(signal_ND)
-        for slab in _slabs(edges, source_N, bias_ED.shape[1], dense_M):
+        for slab in () if on_gpu else _slabs(edges, source_N, bias_ED.shape[1], dense_M):
             at, here, many = slab.place_n, slice(slab.first, slab.stop), slab.stop - slab.first
             z, y, energy = _arrive(signal_ND[at], weight_EDD[here], bias_ED[here], place_ND[at])
             mine, others = None, energy.new_full((at.numel(),), nodes - many)
@@ -279,10 +288,12 @@ class _CrossEntropy(torch.autograd.Function):
                 dz = _leave(slope, z, y, energy)
                 dsignal_ND[at] = dz.flatten(1) @ weight_EDD[here].flatten(0, 1)
                 found.add(slab, dz, signal_ND[at])
-        slabs = None
-        if few_M is not None:
-            arrivals = Arrivals(signal_ND, source_N, place_ND)
-            out = fused.Outcome(loss_N, sure_N, slope_N1[:, 0], dsignal_ND)
+        slabs, arrivals = None, Arrivals(signal_ND, source_N, place_ND)
+        out = fused.Outcome(loss_N, sure_N, slope_N1[:, 0], dsignal_ND)
+        if on_gpu:
+            room = None if found is None else found.own(source_N)
+            fused.score_on_gpu(graph, arrivals, target_N, energy_N1[:, 0], rivals_NV, out, room)
+        elif few_M is not None:
             into = None if found is None else (found.begin, found.bias_KD)
             slabs = fused.score(graph, arrivals, few_M, row_N, energy_N1[:, 0], rivals_NV, out, into)
         if found is not None:
@@ -321,12 +332,17 @@ class _Energies(torch.autograd.Function):
         ctx: Any, signal_ND: Tensor, weight_EDD: Tensor, bias_ED: Tensor, graph: Graph, source_N: Tensor, place_ND: Tensor
     ) -> Tensor:
         edges = graph.edges
+        arrivals = Arrivals(signal_ND, source_N, place_ND)
         shared_N1 = _arrive(signal_ND, weight_EDD[:1], bias_ED[:1], place_ND)[2]
-        energy_NV = shared_N1.expand(-1, edges.start_V1.numel() - 1).clone()
-        few_M, dense_M = fused.divided(graph, signal_ND, source_N)
+        on_gpu = fused.on_gpu(graph, signal_ND)
+        few_M, dense_M = (None, None) if on_gpu else fused.divided(graph, signal_ND, source_N)
+        if on_gpu:
+            energy_NV = fused.energies_on_gpu(graph, arrivals, shared_N1[:, 0])
+        else:
+            energy_NV = shared_N1.expand(-1, edges.start_V1.numel() - 1).clone()
         if few_M is not None:
-            fused.energies(graph, Arrivals(signal_ND, source_N, place_ND), few_M, energy_NV)
-        for slab in _slabs(edges, source_N, bias_ED.shape[1], dense_M):
+            fused.energies(graph, arrivals, few_M, energy_NV)
+        for slab in () if on_gpu else _slabs(edges, source_N, bias_ED.shape[1], dense_M):
             at, here = slab.place_n, slice(slab.first, slab.stop)
             energy = _arrive(signal_ND[at], weight_EDD[here], bias_ED[here], place_ND[at])[2]
             energy_NV[at[:, None], edges.targets(slab.source)[None]] = energy

@@ -1,7 +1,9 @@
-"""The way from scoring with tensors to the compiled loops of `kernels`, which are imported when a model first needs them."""
+"""The way from scoring with tensors to compiled loops: `kernels` on the CPU, `triton_kernels` on a GPU, imported when first needed."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor
 from pathlm.models import native, rows
 from pathlm.models.brillm.graph import Arrivals, Graph
 
-# Shapes: N positions, M some of them, K slabs, V nodes, D width of the signal, O rows of bias gradients
+# Shapes: N positions, M some of them, K slabs, V nodes, D width of the signal, O rows of bias gradients, X rows of all gradients
 
 FEW = 32
 """Positions at one source up to which compiled loops are faster than matrix products, which write out everything between them."""
+
+WIDEST = 512
+"""Bytes of a signal up to which an edge fits into what a GPU's program has at hand."""
 
 
 class Outcome(NamedTuple):
@@ -25,6 +30,31 @@ class Outcome(NamedTuple):
     slope_N: Tensor
     """Gradient of the shared energy"""
     dsignal_ND: Tensor
+
+
+class OwnEdges(NamedTuple):
+    """Room for the gradients of the edges that leave some sources."""
+
+    begin_N: Tensor
+    """Where those of each position's source begin"""
+    weight_XDD: Tensor
+    bias_XD: Tensor
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Say whether Triton is installed, without importing it."""
+    return find_spec("triton") is not None
+
+
+def on_gpu(graph: Graph, signal_ND: Tensor) -> bool:
+    """Say whether Triton's kernels can score: on CUDA, not too wide, contiguous edges, and all numbers float32 or all float64."""
+    tensors = (graph.weight_EDD, graph.bias_ED, signal_ND)
+    kinds = {t.dtype for t in tensors}
+    plain = all(t.device.type == "cuda" for t in tensors) and graph.weight_EDD.is_contiguous() and graph.bias_ED.is_contiguous()
+    if not plain or len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        return False
+    return signal_ND.shape[1] * signal_ND.element_size() <= WIDEST and has_triton()
 
 
 def divided(graph: Graph, signal_ND: Tensor, source_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -88,6 +118,35 @@ def energies(graph: Graph, arrivals: Arrivals, few_M: Tensor, energy_NV: Tensor)
     slabs = (source_K, row_K, many_K, begin_K1)
     given = (graph.weight_EDD, graph.bias_ED, signal_MD, place_MD, graph.edges.key_E, few_M, energy_NV)
     native.in_parts(kernels.energies, (1 + many_K) * (4 + begin_K1.diff()), *slabs, *given)
+
+
+def energies_on_gpu(graph: Graph, arrivals: Arrivals, shared_N: Tensor) -> Tensor:
+    """Return the energy (N, V) of every next node, given that over the shared edge."""
+    from pathlm.models.brillm import triton_kernels
+
+    energy_NV = shared_N[:, None].repeat(1, graph.edges.start_V1.numel() - 1)
+    triton_kernels.energies(graph, arrivals, energy_NV)
+    return energy_NV
+
+
+def score_on_gpu(
+    graph: Graph, arrivals: Arrivals, target_N: Tensor, shared_N: Tensor, rivals_NV: Tensor | None, out: Outcome, into: OwnEdges | None
+) -> None:
+    """Score all positions and set `out`, and with `into` the gradients of own edges. Needs a few tables (N, V) of numbers."""
+    from pathlm.models.brillm import triton_kernels
+
+    energy_NV = energies_on_gpu(graph, arrivals, shared_N)
+    score_NV = energy_NV if rivals_NV is None else energy_NV.masked_fill(~rivals_NV, -torch.inf)
+    log_z_N = score_NV.logsumexp(1)
+    hit_N = energy_NV.gather(1, target_N[:, None])[:, 0]
+    torch.sub(log_z_N, hit_N, out=out.loss_N)
+    torch.exp(hit_N - log_z_N, out=out.sure_N)
+    if into is None:
+        return
+    slope_NV = (score_NV - log_z_N[:, None]).exp_()
+    slope_NV.scatter_add_(1, target_N[:, None], slope_NV.new_full((target_N.numel(), 1), -1))
+    out.dsignal_ND.copy_(triton_kernels.gradients(graph, arrivals, energy_NV, slope_NV, *into))
+    out.slope_N.copy_(slope_NV.sum(1))
 
 
 def _slabs(graph: Graph, source_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
