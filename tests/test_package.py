@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_auto_classes_know_the_models_in_both_import_orders(order, tmp_path):
 
 def test_every_module_imports_and_starts_with_a_sentence():
     for module in pkgutil.walk_packages(pathlm.__path__, "pathlm."):
-        if module.name == "pathlm.__main__":
+        if module.name == "pathlm.__main__" or (module.name.endswith(".triton_kernels") and find_spec("triton") is None):
             continue
         found = importlib.import_module(module.name)
         assert found.__doc__, module.name
