@@ -65,7 +65,7 @@ def test_commands_and_their_options_stay_as_published():
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
         "routes against budgets plot budget device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget mmap device",
-        "trace": "folder texts files whole budget out device",
+        "trace": "folder texts files whole budget out mmap device",
         "presets": "",
         "convert": "places to wrap_as tokenizer overrides",
         "bench": "name arguments",

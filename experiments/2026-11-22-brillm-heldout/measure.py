@@ -41,7 +41,7 @@ def training_cost(run: Path, corpus: Corpus) -> dict[str, float]:
 
 def graph_cost(config: Any, corpus: Corpus) -> float:
     """Return the operations of a forward pass per token of real text: each node scores its own edges, and frequent nodes have more."""
-    key, times = count_rows(SimpleNamespace(corpus=corpus, split="train", vocab_size=corpus.vocab_size))
+    key, times = count_rows(SimpleNamespace(corpus=corpus, split="train"), corpus.vocab_size)
     source = key // corpus.vocab_size
     degree = np.bincount(source[times >= config.min_count], minlength=config.vocab_size)
     visits = np.bincount(source, weights=times, minlength=config.vocab_size)

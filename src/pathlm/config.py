@@ -67,7 +67,7 @@ class OptimConfig:
 
     def validate_optim(self) -> None:
         """Refuse values that cannot train."""
-        _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        _require(0 < self.lr < inf, "optim.lr", self.lr, "must be positive and finite")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         _require(self.decay_steps >= 0, "optim.decay_steps", self.decay_steps, "must not be negative")
         _require(0.0 <= self.final_lr_share <= 1.0, "optim.final_lr_share", self.final_lr_share, "must lie between 0 and 1")

@@ -98,7 +98,7 @@ def test_a_corpus_is_counted_in_chunks_and_its_documents_do_not_touch(chunk: int
     monkeypatch.setattr(edges_module, "CHUNK", chunk)
     stream, starts = np.array([5, 0, 1, 0, 1, 5, 5, 2, 5, 5, 5, 0, 1, 5]), np.array([0, 6, 9, 10, 14])
     corpus = SimpleNamespace(tokens=lambda split: stream, documents=lambda split: SimpleNamespace(starts=starts))
-    key, times = count_rows(SimpleNamespace(corpus=corpus, split="train", vocab_size=6))
+    key, times = count_rows(SimpleNamespace(corpus=corpus, split="train"), 6)
     expected: dict[int, int] = {}
     for first, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         for t in range(first + 1, stop):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from pathlm.models import open_whole
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.counted import SHARED_ENERGY, before_gelu
 from pathlm.models.brillm.edges import Edges, count
 from pathlm.models.brillm.modeling import BrillmForCausalLM, from_rows
+from pathlm.models.brillm.recall import graph_of
 
 NODES = 12
 
@@ -48,7 +52,7 @@ def discounted(key: np.ndarray, times: np.ndarray, min_count: int) -> np.ndarray
         if table[u].sum() == 0:
             result[u] = 1 / NODES
             continue
-        result[u] = np.where(own, left, max(rest, 0.5) / max((~own).sum(), 1))
+        result[u] = left + max(rest, 0.5) / NODES
         result[u] /= result[u].sum()
     return result
 
@@ -126,3 +130,50 @@ def test_numbers_of_a_signal_are_dropped_in_training_alone() -> None:
     assert loss(0) != whole
     model.config.signal_dropout = 0.0
     assert loss(0) == whole
+
+
+def test_a_vocabulary_larger_than_the_texts_changes_no_pair() -> None:
+    rows = SimpleNamespace(corpus=None, vocab_size=NODES, length=8, rows_per_epoch=4, batch=rows_of_8)
+    small, large = (from_rows(BrillmConfig(vocab_size=size, signal_size=8, context="chain"), rows) for size in (NODES, NODES + 5))
+    pairs = [torch.stack((m.graph.key // m.config.vocab_size, m.graph.key % m.config.vocab_size)) for m in (small, large)]
+    assert small.config.edges > 10
+    assert torch.equal(*pairs)
+
+
+def test_a_graph_without_edges_is_refused() -> None:
+    rows = SimpleNamespace(corpus=None, vocab_size=NODES, length=8, rows_per_epoch=4, batch=rows_of_8)
+    with pytest.raises(ValueError, match=r"min_count=1000: no pair came so often \(at most \d+ times\)"):
+        from_rows(BrillmConfig(vocab_size=NODES, signal_size=8, context="chain", min_count=1000), rows)
+
+
+@pytest.mark.parametrize("label", [NODES, -5])
+def test_labels_that_are_no_tokens_are_refused(label: int) -> None:
+    model, _, _ = made()
+    ids = torch.arange(NODES).view(2, -1)
+    with pytest.raises(ValueError, match=f"labels holds {label}: must lie in 0 … vocab_size - 1 = {NODES - 1}, or be -100"):
+        model(ids, labels=torch.full_like(ids, label))
+
+
+def test_a_graph_of_walks_may_start_from_its_counts() -> None:
+    walks = ["abc", "abc", "ab", "ab", "ac"]
+    graph, nodes = graph_of(walks, initial_energies="counts", initializer_range=1e-6, positions="none", signal_size=8)
+    from_a, b, c = graph(torch.tensor([nodes.ids("a")]), use_cache=False).logits[0, 0], *nodes.ids("bc")
+    assert from_a[b] > from_a[c] > from_a[nodes.ids("a")[0]] + 0.1
+
+
+def test_weights_of_another_wiring_are_refused(tmp_path: Path) -> None:
+    made()[0].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"context": "decay+pooled"}))
+    with pytest.raises(
+        ValueError, match=r"missing weights graph\.decay, graph\.mix; the weights must be those that its config.json asks for"
+    ):
+        open_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"initial_signal": float("nan")}, {"position_scale": float("inf")}, {"initializer_range": float("inf")}]
+)
+def test_numbers_without_end_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassError, match=f"{next(iter(options))}=(nan|inf): must be a finite number"):
+        BrillmConfig(vocab_size=NODES, **options)

@@ -139,7 +139,7 @@ def graph_job(run: RunConfig, **options: Any) -> Job:
     """A run of a signal graph on rows of numbers, its edges counted from them."""
     package = family("brillm")
     rows = FakeRows(seed=run.seed)
-    model_config = BrillmConfig(vocab_size=VOCABULARY, signal_size=4, trained_positions=12, **options)
+    model_config = BrillmConfig(vocab_size=VOCABULARY, signal_size=4, trained_positions=10, **options)
     return Job(
         model_config=model_config,
         build=partial(package.from_rows, model_config, rows),
@@ -186,7 +186,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
 
 def test_edges_are_counted_from_the_rows_of_a_run() -> None:
     rows = FakeRows(seed=3)
-    key, times = count_rows(rows)
+    key, times = count_rows(rows, VOCABULARY)
     batch = rows.batch(0, rows.rows_per_epoch)
     expected: dict[int, int] = {}
     for ids, documents in zip(batch["input_ids"].tolist(), batch["document_ids"].tolist(), strict=True):
@@ -195,7 +195,7 @@ def test_edges_are_counted_from_the_rows_of_a_run() -> None:
                 pair = ids[t - 1] * VOCABULARY + ids[t]
                 expected[pair] = expected.get(pair, 0) + 1
     assert dict(zip(key.tolist(), times.tolist(), strict=True)) == expected and key.tolist() == sorted(expected)
-    model = family("brillm").from_rows(BrillmConfig(vocab_size=VOCABULARY, signal_size=4, min_count=6), rows)
+    model = family("brillm").from_rows(BrillmConfig(vocab_size=VOCABULARY, signal_size=4, min_count=6, trained_positions=10), rows)
     assert model.config.edges == sum(n >= 6 for n in expected.values()) and 0 < model.config.edges < len(expected)
     kept = Edges.from_counts((key, times), VOCABULARY, min_count=6)
     assert torch.equal(model.graph.key, kept.key_E) and torch.equal(model.graph.start, kept.start_V1)

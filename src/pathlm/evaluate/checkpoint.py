@@ -52,9 +52,9 @@ def open_model(folder: Path | str, *, device: str | None = None, budget: float |
     `device` can only be the CPU. Raises `ValueError` for a folder without a model, damaged
     weights, a `device` that is not here, and a budget that the model was not trained for.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from pathlm.models import open_mapped
+    from pathlm.models import open_mapped, open_whole
 
     check_share(budget)
     place = find_checkpoint(folder)
@@ -63,7 +63,7 @@ def open_model(folder: Path | str, *, device: str | None = None, budget: float |
     where = _device("cpu" if mmap else device)
     try:
         with no_progress_bars():
-            model: Any = open_mapped(place) if mmap else AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+            model: Any = open_mapped(place) if mmap else open_whole(place, local_files_only=True)
     except SafetensorError as error:
         raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
     model = model.to(where).eval()

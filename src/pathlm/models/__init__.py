@@ -36,3 +36,18 @@ def open_mapped(folder: Path | str) -> Any:
     if package is None or not hasattr(package, "open_mapped"):
         raise ValueError(f"mmap=True: a {kind} model reads all its weights for every token; only a signal graph (brillm) can stay on disk")
     return package.open_mapped(folder)
+
+
+def open_whole(folder: Path | str, **options: Any) -> Any:
+    """Return the model saved in `folder`; `options` go to `from_pretrained`.
+
+    Raises `ValueError` where weights are missing or over: transformers would draw the missing ones and go on.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    for what in ("missing_keys", "unexpected_keys"):
+        if names := sorted(told[what]):
+            listed = f"{what.replace('_keys', '')} weights {', '.join(names[:5])}"
+            raise ValueError(f"folder={str(folder)!r}: {listed}; the weights must be those that its config.json asks for")
+    return model

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pathlm.config import build_strict
-from pathlm.models import FAMILIES, family, open_mapped
+from pathlm.models import FAMILIES, family, open_mapped, open_whole
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load(folder: Path | str, *, mmap: bool = False, **options: Any) -> tuple[Pre
         model = from_llama(folder, **options)
     else:
         family(config.model_type)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = open_whole(folder, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

@@ -18,8 +18,13 @@ PIECE = 2**20
 """Scores made at a time on the CPU, at most: what its caches hold. Elsewhere, and compiled, 64 times as many."""
 
 
-def next_labels(labels_BT: Tensor, shape: torch.Size) -> Tensor:
-    """Return the label of every token's successor; the last has none. Raises `ValueError` where there is not one label per token."""
+def next_labels(labels_BT: Tensor, shape: torch.Size, nodes: int | None = None) -> Tensor:
+    """Return the label of every token's successor; the last has none.
+
+    Raises `ValueError` where there is not one label per token, or, given `nodes`, where one is neither a token nor -100.
+    """
+    if nodes is not None and bool((wrong := (labels_BT != IGNORE) & ((labels_BT < 0) | (labels_BT >= nodes))).any()):
+        raise ValueError(f"labels holds {int(labels_BT[wrong][0])}: must lie in 0 … vocab_size - 1 = {nodes - 1}, or be {IGNORE} for none")
     if labels_BT.shape != shape:
         raise ValueError(f"labels has shape {tuple(labels_BT.shape)}: must be {tuple(shape)}, one label per token")
     return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)

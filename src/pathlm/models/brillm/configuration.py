@@ -2,6 +2,7 @@
 
 # No postponed annotations here: with them, `strict` would check no types.
 
+import math
 from typing import no_type_check
 
 from huggingface_hub.dataclasses import strict
@@ -53,7 +54,7 @@ class BrillmConfig(PreTrainedConfig):
     """`released` computes what the released checkpoints were trained and decoded with: positions of another index in decoding."""
     positions: str = "divided"
     """Frequencies of the sinusoidal positions: `divided` by 10000^(2j/d) as usual, `multiplied` as released, or `none`."""
-    position_scale: float = 1.0
+    position_scale: float | int = 1.0
     """Factor of the positional vectors."""
     trained_positions: int = 30
     """Positions that have numbers of their own; rows of T tokens train T - 2 of them. What later ones do is said by `beyond`; there is no
@@ -62,15 +63,15 @@ class BrillmConfig(PreTrainedConfig):
     """After the trained positions, `hold`: the positional vector and the share of the newest output in the mean both stay as they were at
     the last position. `continue`: sinusoids go on, an output's weight stays the last one, so the mean gets ever slower; trained weights
     rise steeply, and texts beyond them are then read badly."""
-    initial_signal: float | None = None
+    initial_signal: float | int | None = None
     """Every number of the signal that enters the first node; None is 1 / signal_size."""
     rivals: int | None = None
     """Nodes, drawn anew for every position, that the right one is compared with in training; None is all of them, exactly."""
-    signal_dropout: float = 0.0
+    signal_dropout: float | int = 0.0
     """Probability with which training leaves out each number of a signal where it is scored; the others grow by 1 ÷ (1 - this)."""
     train_shared: bool = True
     """Whether the edge that all other pairs share is trained."""
-    initializer_range: float = 0.5
+    initializer_range: float | int = 0.5
     """Weights, biases and node biases start evenly distributed between minus this and this."""
     initial_energies: str = "even"
     """Where edges' biases start. `even`: as just said. `counts`: a model made from data starts as a bigram model of it, each bias of such a
@@ -123,6 +124,9 @@ class BrillmConfig(PreTrainedConfig):
         _require(self.position_scale > 0, "position_scale", self.position_scale, 'must be positive; positions="none" leaves them out')
         rule = f"must lie in 1 … vocab_size - 1 = {nodes - 1}, or be None for all"
         _require(self.rivals is None or 1 <= self.rivals < nodes, "rivals", self.rivals, rule)
+        for name in ("position_scale", "initializer_range", "initial_signal"):
+            value = getattr(self, name)
+            _require(value is None or math.isfinite(value), name, value, "must be a finite number")
         _require(0 <= self.signal_dropout < 1, "signal_dropout", self.signal_dropout, "must be at least 0 and below 1")
         _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
         for name in ("pad_token_id", "bos_token_id"):
@@ -141,7 +145,7 @@ class BrillmConfig(PreTrainedConfig):
         if self.timescales is not None:
             _require("timescales" in parts, "timescales", self.timescales, f"context={self.context!r} has none; add timescales to it")
             rule = "must be numbers of at least 1, not an empty list"
-            _require(bool(self.timescales) and min(self.timescales) >= 1, "timescales", self.timescales, rule)
+            _require(bool(self.timescales) and all(1 <= scale < math.inf for scale in self.timescales), "timescales", self.timescales, rule)
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:

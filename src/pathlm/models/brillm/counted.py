@@ -14,29 +14,26 @@ from pathlm.models.brillm.edges import SHARED
 # Shapes: E edges (of their own), V nodes, D width of the signal
 
 SHARED_ENERGY = 2.0
-"""Energy of a node over the shared edge, before training."""
-LEAST_ENERGY = 0.2
-"""No edge begins with less: an output of no length has no direction to learn from."""
-LEAST_MASS = 0.05
-"""What is left, in counts, of a pair that came once, when the discount has taken its part."""
+"""Energy of a node over the shared edge, before training: the least of all."""
+LEAST_GIVEN_UP = 0.5
+"""Counts that are given up at least, so that nothing is impossible."""
 
 
 def energies(key: np.ndarray, times: np.ndarray, nodes: int, *, min_count: int = 1) -> Tensor:
     """Return the energy (E,) at which each own edge stands for its bigram's probability, that of the shared edge being `SHARED_ENERGY`.
 
-    `key` and `times` are all pairs and how often they came, as `edges.count` returns them. Probabilities are those of absolute discounting:
-    every pair gives up a part of one count, and pairs that came less than `min_count` times give up all; what a node's pairs give up is
-    divided evenly among the nodes it has no edge to. The part is n₁ ÷ (n₁ + 2 n₂), for n₁ pairs that came once and n₂ that came twice (Ney,
+    `key` and `times` are all pairs and how often they came, as `edges.count` returns them. Probabilities are those of interpolated absolute
+    discounting: every pair gives up a part of one count, and pairs that came less than `min_count` times give up all; what a node's pairs
+    give up is divided evenly among all nodes. The part is n₁ ÷ (n₁ + 2 n₂), for n₁ pairs that came once and n₂ that came twice (Ney,
     Essen & Kneser 1994).
     """
     once, twice = int((times == 1).sum()), int((times == 2).sum())
     discount = once / max(once + 2 * twice, 1)
     all_source, kept = key // nodes, times >= min_count
-    source, left = all_source[kept], np.maximum(times[kept] - discount, LEAST_MASS)
-    degree = np.bincount(source, minlength=nodes)
+    source, left = all_source[kept], times[kept] - discount
     given_up = np.bincount(all_source, weights=times, minlength=nodes) - np.bincount(source, weights=left, minlength=nodes)
-    each = np.maximum(given_up, 0.5) / np.maximum(nodes - degree, 1)
-    return torch.from_numpy(SHARED_ENERGY + np.log(left / each[source])).clamp(min=LEAST_ENERGY)
+    each = np.maximum(given_up, LEAST_GIVEN_UP) / nodes
+    return torch.from_numpy(SHARED_ENERGY + np.log1p(left / each[source]))
 
 
 @torch.no_grad()

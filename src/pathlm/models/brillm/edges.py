@@ -90,15 +90,15 @@ def count(chunks: Iterable[np.ndarray], nodes: int) -> tuple[np.ndarray, np.ndar
     return key, times
 
 
-def count_rows(rows: Any, *, limit: int = 2**17) -> tuple[np.ndarray, np.ndarray]:
+def count_rows(rows: Any, nodes: int, *, limit: int = 2**17) -> tuple[np.ndarray, np.ndarray]:
     """Count the neighbours in what a run is trained on: the documents of a corpus, or an epoch of rows, at most `limit` where none ends.
 
-    Pairs of different documents do not count.
+    Pairs of different documents do not count. Keys are those of a graph of `nodes` nodes, which may have more than the text's tokenizer.
     """
     corpus = getattr(rows, "corpus", None)
     if corpus is not None:
-        return count(_corpus_pairs(corpus, rows.split), rows.vocab_size)
-    return count(_row_pairs(rows, getattr(rows, "rows_per_epoch", limit)), rows.vocab_size)
+        return count(_corpus_pairs(corpus, rows.split), nodes)
+    return count(_row_pairs(rows, getattr(rows, "rows_per_epoch", limit)), nodes)
 
 
 def _corpus_pairs(corpus: Any, split: str) -> Iterator[np.ndarray]:

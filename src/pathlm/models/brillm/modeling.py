@@ -164,7 +164,7 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             energy_B1V = self._one_more(input_ids, memory, attention_mask, decoding)
             if energy_B1V is not None:
                 return PathOutput(logits=energy_B1V, past_key_values=memory if use_cache else None, metrics={})
-        target_BT = None if labels is None else next_labels(labels, input_ids.shape)
+        target_BT = None if labels is None else next_labels(labels, input_ids.shape, self.config.vocab_size)
         loss, logits_BTV, found = None, None, None
         metrics: dict[str, Tensor] = {}
         with torch.autocast(input_ids.device.type, enabled=False):
@@ -327,13 +327,17 @@ def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
     if "pooled" in config.contexts and wanted > trained:
         rule = f"rows of {rows.length} tokens train {trained} position weights; data.length={wanted + 2} trains all"
         warnings.warn(f"trained_positions={wanted}: {rule}, and with untrained ones longer texts are read badly", stacklevel=2)
-    return BrillmForCausalLM.from_counts(config, *count_rows(rows))
+    key, times = count_rows(rows, config.vocab_size)
+    if not (times >= config.min_count).any():
+        most = int(times.max()) if len(times) else 0
+        raise ValueError(f"min_count={config.min_count}: no pair came so often (at most {most} times), so the graph would have no edges")
+    return BrillmForCausalLM.from_counts(config, key, times)
 
 
 def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
     """Open the model in `folder` as the beginning of a run. Raises `ValueError` when it is not of the architecture of `config`."""
     found = BrillmConfig.from_pretrained(folder)
-    wiring = ("context", "timescales", "normalise", "keep_initial")
+    wiring = ("context", "timescales", "normalise", "keep_initial", "initial_signal", "position_scale", "beyond")
     for name in ("vocab_size", "signal_size", *wiring, "arithmetic", "positions", "trained_positions"):
         mine, theirs = getattr(config, name), getattr(found, name)
         if mine != theirs:

@@ -10,8 +10,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores. The number of edges is that of an even graph; a run counts its own.
     "brillm-tiny": {"vocab_size": 1_024, "signal_size": 16, "edges": 60_000},
     # The published models: byte-level BPE, and Chinese characters; 5.7 % and about 13 % of all pairs.
-    "brillm-en": {"vocab_size": 4_000, "signal_size": 32, "edges": 906_997},
-    "brillm-zh": {"vocab_size": 4_001, "signal_size": 32, "edges": 2_072_000},
+    "brillm-en": {"vocab_size": 4_000, "signal_size": 32, "edges": 906_997, "trained_positions": 32},
+    "brillm-zh": {"vocab_size": 4_001, "signal_size": 32, "edges": 2_072_000, "trained_positions": 32},
 }
 FROM_DATA: dict[str, Any] = {"edges": 0}
 """Fields that are not a preset's matter once there is data: edges are counted from it."""

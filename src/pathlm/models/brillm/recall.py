@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pathlm.config import build_strict
 from pathlm.models.brillm.configuration import BrillmConfig
-from pathlm.models.brillm.edges import Edges, count
+from pathlm.models.brillm.edges import count
 from pathlm.models.brillm.modeling import BrillmForCausalLM
 
 # Shapes: T steps, K nodes, D width of the signal
@@ -64,8 +64,7 @@ def graph_of(walks: Sequence[Sequence[Hashable]], *, nodes: Nodes | None = None,
     nodes = nodes or Nodes.of(walks)
     config = build_strict(BrillmConfig, {"vocab_size": len(nodes.names)} | options)
     pairs = (np.array(list(pairwise(ids)), dtype=np.int64).reshape(-1, 2) for ids in map(nodes.ids, walks))
-    edges = Edges.from_counts(count(pairs, len(nodes.names)), len(nodes.names), min_count=config.min_count)
-    return BrillmForCausalLM.from_edges(config, edges), nodes
+    return BrillmForCausalLM.from_counts(config, *count(pairs, len(nodes.names))), nodes
 
 
 @torch.no_grad()
