@@ -177,3 +177,11 @@ def test_weights_of_another_wiring_are_refused(tmp_path: Path) -> None:
 def test_numbers_without_end_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(StrictDataclassError, match=f"{next(iter(options))}=(nan|inf): must be a finite number"):
         BrillmConfig(vocab_size=NODES, **options)
+
+
+@torch.no_grad()
+def test_logits_of_single_places_come_in_the_order_that_was_asked() -> None:
+    model, _, _ = made()
+    ids = torch.arange(NODES).view(2, -1)
+    whole, places = model(ids, use_cache=False).logits, torch.tensor([3, 1, -1, 3])
+    assert torch.equal(model(ids, use_cache=False, logits_to_keep=places).logits, whole[:, places])

@@ -291,14 +291,17 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         return Arrivals(walk.signal_BTD[kept_BT], token_BT[kept_BT], positions.vectors(number_N, self.config, walk.signal_BTD.dtype))
 
     def _logits(self, token_BT: Tensor, walk: Walk, kept: slice | Tensor, decoding: bool) -> Tensor:
-        """Return the energies (B, K, V) at the kept places of every row."""
+        """Return the energies (B, K, V) at the kept places of every row, in their order."""
         kept_BT = torch.zeros_like(walk.places.present_BT)
         kept_BT[:, kept] = True
         arrivals = self._arrivals(token_BT, walk, kept_BT, decoding)
         logits_NV = energies(self.signal_graph, arrivals)
         if decoding:
             logits_NV = logits_NV.scatter(1, arrivals.source_N[:, None], -torch.inf)
-        return logits_NV.unflatten(0, (token_BT.shape[0], -1))
+        logits_BKV = logits_NV.unflatten(0, (token_BT.shape[0], -1))
+        if isinstance(kept, slice):
+            return logits_BKV
+        return logits_BKV[:, torch.unique(kept % token_BT.shape[1], return_inverse=True)[1]]
 
     def _loss(
         self, arrivals: Arrivals, target_N: Tensor, ledger: Ledger, count: Tensor | int | None, generator: torch.Generator | None
