@@ -45,7 +45,8 @@ def open_whole(folder: Path | str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, told = found
     for what in ("missing_keys", "unexpected_keys"):
         if names := sorted(told[what]):
             listed = f"{what.replace('_keys', '')} weights {', '.join(names[:5])}"
