@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import pytest
@@ -133,8 +132,3 @@ def test_decoding_writes_the_same_tokens(device: str) -> None:
     built, prompts = model().eval().to(device), [[5, 9], [1], [3, 3, 7, 0, 2]]
     mine = generate(built, prompts, max_new_tokens=4, temperature=0)
     assert mine == without(lambda: generate(built, prompts, max_new_tokens=4, temperature=0))
-
-
-def test_the_processor_never_asks_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pathlm.models.brillm.triton_kernels", None)  # importing it is an error now
-    model()(batch(), labels=batch()).loss.backward()

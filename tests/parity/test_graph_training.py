@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from pathlm.generate import generate
 from pathlm.models import open_whole
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.counted import SHARED_ENERGY, before_gelu
@@ -185,3 +187,12 @@ def test_logits_of_single_places_come_in_the_order_that_was_asked() -> None:
     ids = torch.arange(NODES).view(2, -1)
     whole, places = model(ids, use_cache=False).logits, torch.tensor([3, 1, -1, 3])
     assert torch.equal(model(ids, use_cache=False, logits_to_keep=places).logits, whole[:, places])
+
+
+def test_the_processor_never_asks_for_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pathlm.models.brillm.triton_kernels", None)  # importing it is an error now
+    model, _, _ = made()
+    ids = torch.arange(NODES).view(2, -1)
+    model(ids, labels=ids).loss.backward()
+    assert model.graph.bias.grad is not None
+    assert len(generate(model.eval(), [[1, 2]], max_new_tokens=3, temperature=0)[0]) == 3
