@@ -58,6 +58,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     """What every forward pass is given besides: `budget`, or the names and values of `knobs`."""
+    local_share: float = 1.0
+    """Share of the weight of a pool's rows that counts beside its codes"""
     fresh: bool = False
     """Whether routers stay as they were made, preferring the original route, instead of being drawn at random."""
 
@@ -72,6 +74,8 @@ class Case:
             unequal(built)
         elif built.config.pool_blocks and not self.fresh:
             scatter(built)
+        if getattr(built, "codes", None) is not None:
+            built.codes.set_reach(None, self.local_share)
         return self.prepare(built.to(dtype).eval())
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -128,6 +132,16 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "repeats": {"": {}, "no repeats": {"max_repeats": 1}, "one repeat": {"max_repeats": 2}},
     "left": {"": {}, "refreshed": {"left_rows": "refreshed"}},
     "router": {"": {}, "deep router": {"router_hidden": 8}},
+    "memory": {
+        "": {},
+        "codes": {"memory": "canonical"},
+        "small codes everywhere": {"memory": "canonical", "code_dim": 6, "code_adapter": "block", "post_memory": "canonical"},
+        "newest codes": {"memory": "canonical", "code_dim": 6, "code_delta_rank": 2, "code_window": 4, "code_sinks": 1},
+        "rows as wide as the text": {"memory": "local+canonical", "code_dim": 6, "post_memory": "canonical"},
+        "fading rows": {"memory": "local+canonical", "code_dim": 5, "code_adapter": "block", "code_delta_rank": 1, "local_share": 0.4},
+        "few rows and codes": {"memory": "local+canonical", "local_window": 2, "code_window": 5, "code_sinks": 2},
+    },
+    "window": {"": {}, "window": {"attention_window": 3, "attention_sinks": 2}},
     "budget": {"": {}, "budget 0.4": {"budget": 0.4}, "budget 0.8": {"budget": 0.8}, "whole budget": {"budget": 1.0}},
     "attention": {"": {}, "grouped": {"num_key_value_heads": 2}, "biased": {"attention_bias": True, "mlp_bias": True}},
     "ends": {
@@ -144,6 +158,8 @@ def possible(levels: dict[str, str]) -> bool:
     settings = {key: value for factor, level in levels.items() for key, value in FACTORS[factor][level].items()}
     least = settings.get("min_route_steps", 1) / settings.get("max_route_steps", 9)
     placed = settings.get("block_position") != "none"
+    if settings.get("left_rows") == "refreshed" and settings.get("memory") == "canonical":
+        return False
     return (placed or not settings.get("location_bias")) and settings.get("budget", 1.0) >= least
 
 
@@ -175,8 +191,9 @@ def routed(row: dict[str, str], **options: Any) -> Case:
     """The case of one row of levels."""
     settings = {key: value for factor, level in row.items() for key, value in FACTORS[factor][level].items()}
     call = {key: settings.pop(key) for key in ("knobs", "budget") if key in settings}
+    share = settings.pop("local_share", 1.0)
     name = ", ".join(level for factor in FACTORS if (level := row.get(factor)))
-    return Case(name, "brian", {"block_position_dim": 6} | settings | options, call)
+    return Case(name, "brian", {"block_position_dim": 6} | settings | options, call, share)
 
 
 ROUTED = (

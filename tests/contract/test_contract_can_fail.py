@@ -13,11 +13,13 @@ from cases import CASES, GRAPHS, ROUTED
 from checks import CHECKS, saved_and_loaded_it_is_the_same
 from torch import Tensor
 
-from pathlm.models.brian import pool, walk
-from pathlm.models.brian.memory import BlockMemory, NewestRows, PoolMemory
+from pathlm.models.brian import memory, pool, walk
+from pathlm.models.brian.codes import Codes
+from pathlm.models.brian.memory import BlockMemory, CodeMemory, NewestRows, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.pool import PoolRun
 from pathlm.models.brian.routing import RoutePool
+from pathlm.models.brian.sight import Sight
 from pathlm.models.brillm import advance, energy, fused, modeling, positions
 from pathlm.models.brillm.memory import SignalMemory
 from pathlm.models.brillm.modeling import BrillmForCausalLM
@@ -120,10 +122,10 @@ def averaged(self: Any, h_ND: Tensor, p_NP: Tensor, step: int, sound: Any, **opt
 
 def rewritten(self: Any, state: Any, steps: int, sound: Any) -> None:
     """A token that leaves takes its row with it, but not from the memory."""
-    if self._table is not None and state.place is not None:
-        keys, values = (table.clone() for table in self._table)
+    if self.around.memory is None and state.place is not None:
+        keys, values = (rows.clone() for rows in self.table.now())
         values[state.place // self.tokens, :, state.place % self.tokens] = 0
-        self._table = (keys, values)
+        self.table.rewrite(steps, keys, values)
     sound(self, state, steps)
 
 
@@ -232,6 +234,74 @@ def test_a_broken_route_fails_the_check_that_guards_against_it(
     getattr(checks, check)(model)
     monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
     model.pool.signposts = None
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(model)
+
+
+# Faults of canonical memory, likewise.
+
+
+def summed(self: Any, h_BTD: Tensor, rotary: Any, sound: Any) -> Tensor:
+    """A code knows the whole row, as the original's memory did."""
+    return sound(self, h_BTD + 0.1 * h_BTD.mean(1, keepdim=True), rotary)
+
+
+def blended(self: Any, h_BTD: Tensor, rotary: Any, sound: Any) -> Tensor:
+    """A code knows the whole batch."""
+    return sound(self, h_BTD + 0.1 * h_BTD.mean(0, keepdim=True), rotary)
+
+
+def unplaced(self: Any, h_BTD: Tensor, rotary: Any, sound: Any) -> Tensor:
+    """The key beside a code is turned as at the beginning of what is read now."""
+    return sound(self, h_BTD, tuple(table[:, :1].expand(-1, h_BTD.shape[1], -1, -1) for table in rotary))
+
+
+def widened(self: Any, window: int, sinks: int = 0, slots: Any = None, *, sound: Any) -> Any:
+    """What is left of a window does not count what was read before."""
+    return sound(self, window + (window > 0 and self.past > 0), sinks, slots)
+
+
+def endless(self: Any, window: int, sinks: int = 0, slots: Any = None, *, sound: Any) -> Any:
+    """Windows are counted over padding and other documents, too."""
+    return replace(self, mask=None).within(window, sinks, slots) if self.mask is not None else sound(self, window, sinks, slots)
+
+
+def careless(past: int, segment_BS: Any, slots: Tensor, *, window: int, sinks: int, sound: Any) -> Tensor:
+    """More is forgotten than a window allows."""
+    return sound(past, segment_BS, slots, window=2, sinks=0)
+
+
+def overwritten(self: Any, rows: Tensor, sound: Any) -> Tensor:
+    """A later token changes the code of the one before it."""
+    found = sound(self, rows)
+    if found.shape[2] > rows.shape[2]:
+        self.keys[:, :, -rows.shape[2] - 1] += 0.1
+    return self.keys
+
+
+MEMORY_FAULTS = (
+    (Codes, "write", summed, "the_past_cannot_see_the_future"),
+    (Codes, "write", summed, "decoding_in_any_chunks_is_one_forward_pass"),
+    (Codes, "write", blended, "neighbours_and_their_order_change_nothing"),
+    (Codes, "write", unplaced, "decoding_in_any_chunks_is_one_forward_pass"),
+    (Sight, "within", widened, "decoding_in_any_chunks_is_one_forward_pass"),
+    (Sight, "within", widened, "rows_of_different_length_continue_together"),
+    (Sight, "within", endless, "padding_on_either_side_changes_nothing"),
+    (Sight, "within", endless, "documents_in_a_row_do_not_see_each_other"),
+    (memory, "needed", careless, "a_long_decode_outgrows_the_first_buffer"),
+    (CodeMemory, "add", overwritten, "decoding_in_any_chunks_is_one_forward_pass"),
+    (CodeMemory, "add", overwritten, "one_row_is_decoded_as_many_are"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "check"), MEMORY_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_broken_memory_fails_the_check_that_guards_against_it(
+    owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"memory": "local+canonical", "local_window": 3, "code_window": 6, "code_sinks": 1, "attention_window": 4}
+    model, sound = replace(ROUTED[0], options=ROUTED[0].options | options).build(), getattr(owner, name)
+    getattr(checks, check)(model)
+    monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
     with pytest.raises(AssertionError):
         getattr(checks, check)(model)
 

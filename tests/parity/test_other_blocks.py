@@ -4,7 +4,9 @@ import torch
 
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.modeling import BrianForCausalLM
-from pathlm.models.brian.pool import Plan, PoolRun, Surroundings
+from pathlm.models.brian.pool import Plan, PoolRun
+from pathlm.models.brian.sight import Sight
+from pathlm.models.brian.table import Surroundings
 
 
 def test_an_unvisited_block_gives_its_probability_the_gradient_of_having_been_visited_and_changes_nothing_else():
@@ -14,7 +16,7 @@ def test_an_unvisited_block_gives_its_probability_the_gradient_of_having_been_vi
     for parameter in model.pool.parameters():
         torch.nn.init.normal_(parameter)
     h_BTD, weight_BTD = torch.randn(6, 1, 16).double(), torch.randn(6, 1, 16).double()
-    around = Surroundings(model.rotary(torch.zeros(1, 1).long(), torch.float64), None)
+    around = Surroundings(model.rotary(torch.zeros(1, 1).long(), torch.float64), Sight.of(1, 0, None, torch.device("cpu")))
     found = {}
     for share in (0.0, 1.0):
         model.zero_grad()

@@ -94,11 +94,13 @@ class Block(nn.Module):
     """A Llama block: RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, with residual connections.
 
     `project` and `finish` are the two halves around attention, so that a caller may decide what is attended; `turn` belongs to both.
+    One that does not remember makes queries only, and reads what others have remembered.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, remembers: bool = True) -> None:
         super().__init__()
-        width, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        width, heads = config.head_dim, config.num_attention_heads
+        groups = config.num_key_value_heads if remembers else 0
         self.heads, self.groups, self.width = heads, groups, width
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * groups) * width, bias=config.attention_bias)
@@ -177,9 +179,9 @@ def attend(
     query: Float[Tensor, "b h t k"],
     key: Float[Tensor, "b g s k"],
     value: Float[Tensor, "b g s k"],
-    mask: Bool[Tensor, "b_or_1 1 t s"] | None,
+    mask: Bool[Tensor, "b_or_1 1 t s"] | Float[Tensor, "b_or_1 1 t s"] | None,
 ) -> Float[Tensor, "b h t k"]:
-    """Return softmax attention. Without a mask the queries must be all S tokens, each seeing those up to itself, or the last one alone."""
+    """Return softmax attention over what `mask` lets each query see, or with `mask` added to the scores. Without a mask the queries must be all S tokens, each seeing those up to itself, or the last one alone."""
     causal = mask is None and query.shape[2] > 1
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
 

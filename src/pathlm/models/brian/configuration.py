@@ -11,8 +11,10 @@ from transformers import PreTrainedConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POSITIONS = ("arc", "circle", "random", "none")
 READERS = ("router", "blocks", "both")
-MEMORIES = ("local",)
+MEMORIES = ("local", "canonical", "local+canonical")
 LEFT_ROWS = ("kept", "refreshed")
+ADAPTERS = ("shared", "block")
+POST_MEMORIES = ("own", "canonical")
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -53,7 +55,26 @@ class BrianConfig(PreTrainedConfig):
     router_hidden: int = 0
     """Width of a second, non-linear layer of the router; 0 is a linear router."""
     memory: str = "local"
-    """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits."""
+    """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits; `canonical` one
+    code per token for the whole pool, written once on entering it; `local+canonical` rows of the newest tokens and codes of the others."""
+    local_window: int = 0
+    """With `local+canonical`: how many newest tokens, itself included, a token reads as rows; 0 is all. What training last set counts."""
+    code_dim: int | None = None
+    """Numbers in a code; None is the hidden state as it is, normalised. Beside them a key of `head_dim` numbers that knows its position."""
+    code_adapter: str = "shared"
+    """What makes keys and values of a code: one adapter `shared` by all blocks, or one for each `block`."""
+    code_delta_rank: int = 0
+    """Rank of what each head of each block adds to its adapter; 0 is none."""
+    code_window: int = 0
+    """How many newest tokens, itself included, a token reads as codes; 0 is all."""
+    code_sinks: int = 0
+    """How many first tokens of its document it reads besides, however old."""
+    post_memory: str = "own"
+    """What blocks after the pool read: each its `own` keys and values, or the pool's codes (`canonical`)."""
+    attention_window: int = 0
+    """How many newest tokens, itself included, a token sees in blocks outside the pool; 0 is all."""
+    attention_sinks: int = 0
+    """How many first tokens of its document it sees there besides."""
     left_rows: str = "kept"
     """What that row of a token is after it has left: `kept` is its last one; `refreshed` is, at every later step, what the block that would
     come next in order makes of the state the token left with. That costs a key and a value projection, not a block."""
@@ -101,6 +122,21 @@ class BrianConfig(PreTrainedConfig):
         """Whether blocks read a token's position in the pool."""
         return self.block_position != "none" and self.block_position_to != "router"
 
+    @property
+    def remembers_rows(self) -> bool:
+        """Whether the pool keeps rows of keys and values."""
+        return self.pool_blocks > 0 and self.memory != "canonical"
+
+    @property
+    def remembers_codes(self) -> bool:
+        """Whether the pool keeps codes."""
+        return self.pool_blocks > 0 and self.memory != "local"
+
+    @property
+    def code_width(self) -> int:
+        """Numbers in a code, without the key that knows its position."""
+        return self.hidden_size if self.code_dim is None else self.code_dim
+
     def validate_architecture(self) -> None:
         """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
@@ -108,6 +144,7 @@ class BrianConfig(PreTrainedConfig):
         for name in ("pre_blocks", "pool_blocks", "post_blocks", "max_route_steps", "max_repeats", "router_hidden"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         self._validate_pool()
+        self._validate_memory()
         _require(self.num_hidden_layers >= 1, "pre_blocks", self.pre_blocks, "the model needs at least one block")
         self._validate_attention()
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, 'blocks are SwiGLU, so it must be "silu"')
@@ -132,14 +169,42 @@ class BrianConfig(PreTrainedConfig):
         for name, known in (
             ("block_position", POSITIONS),
             ("block_position_to", READERS),
-            ("memory", ("local",)),
+            ("memory", MEMORIES),
             ("left_rows", LEFT_ROWS),
+            ("code_adapter", ADAPTERS),
+            ("post_memory", POST_MEMORIES),
         ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         dim = self.block_position_dim
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
         _require(math.isfinite(self.location_bias), "location_bias", self.location_bias, "must be a finite number")
         _require(not self.location_bias or self.block_position != "none", "location_bias", self.location_bias, "needs a block_position")
+
+    def _validate_memory(self) -> None:
+        """Check what is said about codes and windows."""
+        windows = ("local_window", "code_window", "code_sinks", "attention_window", "attention_sinks", "code_delta_rank")
+        for name in windows:
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(self.code_dim is None or self.code_dim >= 1, "code_dim", self.code_dim, "must be at least 1, or None for no compression")
+        for of in ("code", "attention"):
+            sinks, window = getattr(self, f"{of}_sinks"), getattr(self, f"{of}_window")
+            _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs a {of}_window: without one every token is seen anyway")
+        mixed = f'needs memory="local+canonical", this is {self.memory!r}'
+        _require(not self.local_window or self.memory == "local+canonical", "local_window", self.local_window, mixed)
+        kept = 'needs rows to keep: memory must be "local" or "local+canonical"'
+        _require(self.left_rows == "kept" or self.memory != "canonical", "left_rows", self.left_rows, kept)
+        if self.remembers_codes:
+            return
+        without = f"there are no codes: memory={self.memory!r}, pool_blocks={self.pool_blocks}"
+        _require(self.memory == "local", "memory", self.memory, "there is no pool to remember anything: pool_blocks=0")
+        for name, nothing in (
+            ("code_dim", None),
+            ("code_delta_rank", 0),
+            ("code_window", 0),
+            ("code_adapter", "shared"),
+            ("post_memory", "own"),
+        ):
+            _require(getattr(self, name) == nothing, name, getattr(self, name), without)
 
     def _validate_attention(self) -> None:
         """Check heads and rotary positions."""

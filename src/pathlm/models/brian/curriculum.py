@@ -47,6 +47,10 @@ class Knobs:
     """Whether the text's loss of tokens that stay to be measured is the one after their best step; otherwise the one after the last."""
     listen: float = 0.0
     """Share of the router's gradient that reaches hidden states, in training; with 0 what the model says never bends to the router."""
+    local_window: float | None = None
+    """Newest tokens that are read as rows in a pool that has codes besides, rounded; 0 is all, None leaves what is."""
+    local_share: float | None = None
+    """Share of the weight of these rows that counts; the rest is that of the same tokens' codes. None leaves what is."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0
@@ -89,6 +93,8 @@ class Knobs:
         for name in SHARES_OF_ALL:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        if self.local_share is not None and self.local_share > 1.0:
+            raise ValueError(f"local_share={self.local_share}: must lie between 0 and 1")
         if self.budget is not None and not 0.0 < self.budget <= 1.0:
             raise ValueError(f"budget={self.budget}: must lie above 0 and at most at 1, a share of max_route_steps")
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pathlm.models.brian.codes import is_reader
 from pathlm.models.brian.pool import Records
 from pathlm.models.brian.routing import BUDGETS, RoutePool
+from pathlm.models.brian.table import code_mask
 from pathlm.models.layers import rotate
 
 # Shapes: w watched tokens, R route steps, B rows, T tokens, H heads, G key/value heads, K head width, V vocabulary
@@ -18,24 +20,22 @@ PIECE = 2**22
 """Scores of the vocabulary made at a time."""
 
 
-def losses_by_step(
-    model: Any,
-    records: Records,
-    watched: Tensor,
-    target_w: Tensor,
-    inputs: list[Tensor],
-    mask: Tensor | None,
-    rotary: tuple[Tensor, Tensor],
-) -> Tensor:
+def losses_by_step(model: Any, journey: Any, watched: Tensor, target_w: Tensor) -> Tensor:
     """Return the cross-entropy (R, w) of each watched token if it had left the pool after 1 … R steps, and everybody else as they did.
 
-    `inputs` are the hidden states (B, T, D) that entered each block after the pool, `watched` the tokens' places, `target_w` what follows
-    them. A token that leaves earlier enters those blocks with an earlier state; what it sees of others there stays.
+    `watched` are the tokens' places, `target_w` what follows them. A token that leaves earlier enters the blocks after the pool with an
+    earlier state; what it sees of others there stays.
     """
+    records, config, rotary = journey.records, model.config, journey.rotary
+    mask = journey.sight.within(config.attention_window, config.attention_sinks)
     h = torch.stack([model.pool.leave(h, p) for h, p in records.watched])  # (R, w, D)
     post = list(model.blocks)[model.config.pre_blocks + model.config.pool_blocks :]
-    for block, h_BTD in zip(post, inputs, strict=True):
-        h = block.finish(h, _read_as_another(block, h, h_BTD, watched, mask, rotary))
+    for block, h_BTD in zip(post, journey.after_pool, strict=True):
+        if is_reader(block):
+            read = _read_codes_as_another(block, h, watched, model.codes, journey)
+        else:
+            read = _read_as_another(block, h, h_BTD, watched, mask, rotary)
+        h = block.finish(h, read)
     h = model.norm(h)
     weight, flat = model.lm_head.weight, h.flatten(0, 1)
     target = target_w.repeat(len(h))
@@ -73,6 +73,28 @@ def _read_as_another(
         read = torch.einsum("rwghs,gsk->rwghk", weight[..., :-1], value[b]) + weight[..., -1:] * own_value[:, mine, :, None]
         result[:, mine] = read
     return result.flatten(2)
+
+
+def _read_codes_as_another(block: Any, h_RwD: Tensor, watched: Tensor, codes: Any, journey: Any) -> Tensor:
+    """Return what tokens in other states `h_RwD` read of the codes (R, w, H · K): these are the same in whatever state tokens leave."""
+    sight, (cos, sin) = journey.sight, journey.rotary
+    rows, mask = journey.code_rows, code_mask(codes, journey.code_rows, sight)
+    batch = rows.rows_B1SW.shape[0]
+    row, slot = watched // sight.tokens, watched % sight.tokens
+    query = block.project(h_RwD)  # (R, w, H, K)
+    result = torch.empty_like(query).flatten(2)
+    for b in row.unique().tolist():
+        mine = (row == b).nonzero()[:, 0]
+        if mask is None:
+            seen = torch.arange(rows.rows_B1SW.shape[2], device=slot.device) <= slot[mine][:, None]
+        else:
+            seen = mask.expand(batch, -1, -1, -1)[b, 0, slot[mine]]
+        turns = tuple(table.expand(batch, -1, -1, -1)[b, slot[mine]].repeat(len(query), 1, 1)[None] for table in (cos, sin))
+        heard = block.heard(
+            codes, query[:, mine].flatten(0, 1)[None], turns, rows.rows_B1SW[b : b + 1], seen.repeat(len(query), 1)[None, None]
+        )
+        result[:, mine] = heard[0].unflatten(0, (len(query), -1))
+    return result
 
 
 def exit_loss(

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.sight import needed
 
-# Shapes: B rows, H key/value heads, T new tokens, S tokens in all, C capacity, K head width
+# Shapes: B rows, H key/value heads, T new tokens, S tokens remembered, P tokens read before, C capacity, K head width, W width of codes
 # In a pool: G heads of one version, R versions, n single tokens
 
 SMALLEST = 64
@@ -20,16 +21,49 @@ SMALLEST = 64
 
 
 class BlockMemory(DynamicLayer):
-    """Keys and values (B, H, S, K) of one block. `keys` and `values` are views of buffers with spare room."""
+    """Keys and values (B, H, S, K) of one block. `keys` and `values` are views of buffers with spare room.
 
-    def __init__(self, **kwargs: Any) -> None:
+    With a `window`, tokens that neither it nor the first `sinks` of their document hold are forgotten, many at a time.
+    """
+
+    def __init__(self, window: int = 0, sinks: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.window, self.sinks = window, sinks
         self._buffers: tuple[Tensor, Tensor] | None = None
-        self._length = 0
+        self._length = self._forgotten = 0
+        self._slots: Tensor | None = None
+
+    def slots(self, tokens: int) -> Tensor | None:
+        """Return which tokens (S + T,) the remembered ones and `tokens` new ones are; None where nothing has been forgotten."""
+        if self._slots is None:
+            return None
+        past = self.get_seq_length()
+        return torch.cat((self._slots, torch.arange(past, past + tokens, device=self._slots.device)))
+
+    def forget(self, segment_BS: Tensor | None) -> None:
+        """Forget what later tokens will not see, when that is more than what they may see. `segment_BS` are the documents' numbers.
+
+        A few tokens more than the window are kept, so that `crop` can take back what was read last.
+        """
+        if not self.window or self._buffers is None or self._length < 2 * (self.window + self.sinks) + 2 * SMALLEST:
+            return
+        past = self.get_seq_length()
+        slots = self.slots(0)
+        if slots is None:
+            slots = torch.arange(past, device=self._buffers[0].device)
+        index = needed(past, segment_BS, slots, window=self.window + SMALLEST, sinks=self.sinks)
+        shape = self._buffers[0].shape
+        room = max(2 * (self.window + self.sinks) + 3 * SMALLEST, len(index))
+        fresh = [buffer.new_empty(*shape[:2], room, buffer.shape[-1]) for buffer in self._buffers]
+        for buffer, target in zip(self._buffers, fresh, strict=True):
+            target[:, :, : len(index)] = buffer.index_select(2, index)
+        self._buffers, self._slots, self._forgotten = (fresh[0], fresh[1]), slots[index], past - len(index)
+        self._show(len(index))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values (B, H, T, K) and return all of them (B, H, S, K)."""
         start, stop = self._length, self._length + key_states.shape[2]
+        self._slots = self.slots(key_states.shape[2])
         keys, values = self._room_for(key_states, value_states, stop)
         keys[:, :, start:stop] = key_states
         values[:, :, start:stop] = value_states
@@ -41,7 +75,12 @@ class BlockMemory(DynamicLayer):
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Return S, the number of tokens remembered."""
+        """Return P, the number of tokens read, forgotten ones included."""
+        return self._length + self._forgotten
+
+    @property
+    def held(self) -> int:
+        """S, the number of tokens remembered."""
         return self._length
 
     @property
@@ -52,14 +91,23 @@ class BlockMemory(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self._buffers = None
-        self._length, self.is_initialized = 0, False
+        self._length, self._forgotten, self._slots, self.is_initialized = 0, 0, None, False
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last `-tokens_to_remove` tokens (a tensor in some versions of transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
-        if self._buffers is not None:
-            self._show(max(self._length + int(tokens_to_remove), 0))
+        if self._buffers is None:
+            return
+        length = max(self._length + int(tokens_to_remove), 0)
+        if self._slots is not None:
+            past = self.get_seq_length() + int(tokens_to_remove)
+            needs = torch.arange(max(past - self.window, 0), max(past, 0), device=self._slots.device)
+            if past < self.window or not torch.isin(needs, self._slots[:length]).all():
+                rule = f"a window of {self.window} has forgotten what a text of {max(past, 0)} tokens needs"
+                raise ValueError(f"tokens_to_remove={int(tokens_to_remove)}: {rule}")
+            self._slots = self._slots[:length]
+        self._show(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order `beam_idx` (B',)."""
@@ -92,13 +140,12 @@ class BlockMemory(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys_BHTK, values_BHTK)
         if self._buffers is None or self._buffers[0].shape[2] < length:
-            batch, heads, _, width = keys_BHTK.shape
             capacity = max(SMALLEST, length + length // 2)
-            fresh = (keys_BHTK.new_empty(batch, heads, capacity, width), values_BHTK.new_empty(batch, heads, capacity, width))
+            fresh = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (keys_BHTK, values_BHTK))
             if self._buffers is not None:
                 for old, new in zip(self._buffers, fresh, strict=True):
                     new[:, :, : self._length] = old[:, :, : self._length]
-            self._buffers = fresh
+            self._buffers = (fresh[0], fresh[1])
         return self._buffers
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:
@@ -141,14 +188,15 @@ class PoolMemory(BlockMemory):
     the heads r · G … (r + 1) · G - 1 of `keys` and `values` (B, R · G, S, K).
     """
 
-    def __init__(self, versions: int) -> None:
-        super().__init__()
+    def __init__(self, versions: int, window: int = 0) -> None:
+        super().__init__(window)
         self.versions = versions
 
     def extend(self, key_BGTK: Tensor) -> None:
         """Make room for T more tokens, whose rows the steps then write; `key_BGTK` says how rows look."""
         batch, groups, tokens, width = key_BGTK.shape
         stop = self._length + tokens
+        self._slots = self.slots(tokens)
         if self.capacity < stop:
             like = key_BGTK.new_empty(()).expand(batch, self.versions * groups, tokens, width)
             self._room_for(like, like, stop)
@@ -186,18 +234,36 @@ class PoolMemory(BlockMemory):
         return tuple(buffer.view(batch, self.versions, groups, capacity, width) for buffer in self._buffers)
 
 
+class CodeMemory(BlockMemory):
+    """Codes and the keys that know their place (B, 1, S, W), one row per token for all blocks that read them."""
+
+    def add(self, rows_B1TW: Tensor) -> Tensor:
+        """Append what is remembered of T new tokens and return the rows of all."""
+        return self.update(rows_B1TW, rows_B1TW[..., :0])[0]
+
+
 class BrianCache(Cache):
     """The memory of every block, as transformers' `Cache`: `model(..., use_cache=True)` makes one when it is given none.
 
-    The layers are those of the blocks before the pool, of the pool where there is one, and of the blocks after it.
+    The layers are those of the blocks before the pool, of the pool's rows and of its codes as far as it has them, and of the blocks after
+    it unless they read codes.
     """
 
-    def __init__(self, config: BrianConfig) -> None:
-        pool = [PoolMemory(config.max_route_steps)] if config.pool_blocks else []
-        before, after = ([BlockMemory() for _ in range(count)] for count in (config.pre_blocks, config.post_blocks))
+    def __init__(self, config: BrianConfig, *, local_window: int = 0) -> None:
+        pool: list[BlockMemory] = [PoolMemory(config.max_route_steps, local_window)] if config.remembers_rows else []
+        pool += [CodeMemory(config.code_window, config.code_sinks)] if config.remembers_codes else []
+        count = 0 if config.post_memory == "canonical" else config.post_blocks
+        before, after = (
+            [BlockMemory(config.attention_window, config.attention_sinks) for _ in range(n)] for n in (config.pre_blocks, count)
+        )
         super().__init__(layers=[*before, *pool, *after])
 
+    def forget(self, segment_BS: Tensor | None) -> None:
+        """Forget what no later token will see; documents (B, P) are numbered as in a forward pass."""
+        for layer in self.layers:
+            layer.forget(segment_BS)  # type: ignore[attr-defined]
+
     def bytes(self) -> int:
-        """Return how many bytes the remembered keys and values take, without spare room."""
+        """Return how many bytes the remembered keys, values and codes take, without spare room."""
         held = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]  # type: ignore[union-attr]
         return sum(t.numel() * t.element_size() for t in held)

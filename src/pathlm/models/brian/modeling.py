@@ -11,14 +11,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
 
+from pathlm.models.brian.codes import CodeReader, Codes
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.routing import RoutePool, Router
+from pathlm.models.brian.sight import Sight
+from pathlm.models.brian.table import code_mask
 from pathlm.models.brian.tracing import Trace
 from pathlm.models.brian.travel import Journey, travel
 from pathlm.models.hosted import Hosted
-from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary, causal_mask
+from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary
 from pathlm.models.losses import IGNORE, linear_cross_entropies, next_labels
 from pathlm.models.output import PathOutput
 
@@ -38,8 +41,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     def __init__(self, config: BrianConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        pool = range(config.pre_blocks, config.pre_blocks + config.pool_blocks)
-        self.blocks = nn.ModuleList((PoolBlock if i in pool else Block)(config) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(_block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
@@ -47,6 +49,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         # Last, and without drawing from the generator: a seed gives the blocks the same weights with a pool and without one.
         with torch.random.fork_rng(devices=[]):
             self.pool = RoutePool(config) if config.pool_blocks else None
+            self.codes = Codes(config) if config.remembers_codes else None
         self.post_init()
 
     def forward(
@@ -140,7 +143,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
 
     def new_memory(self) -> BrianCache:
         """Return the memory of texts of which nothing has been read."""
-        return BrianCache(self.config)
+        return BrianCache(self.config, local_window=0 if self.codes is None else self.codes.reach[0])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -152,6 +155,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             module.reset()  # the router's and adapters' weights, too
         elif isinstance(module, Router):
             pass
+        elif isinstance(module, Codes):
+            module.reset()
         elif isinstance(module, Rotary):
             module.refresh()
         elif isinstance(module, RMSNorm):
@@ -182,33 +187,34 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError(f"depths go from {shallow} to {deep}: must lie in {low} … {high}, the route steps that are possible")
 
     def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
-        tokens, segment_BS = h_BTD.shape[1], journey.segment_BS
-        mask = None
-        if segment_BS is None and past and tokens > 1:
-            segment_BS = torch.zeros(1, past + tokens, dtype=torch.long, device=h_BTD.device)
-        if segment_BS is not None:
-            mask = causal_mask(tokens, segment_BS)
-        if position_ids is None:
-            # A token's position is the number of tokens before it that it sees.
-            position_ids = torch.arange(past, past + tokens, device=h_BTD.device)[None] if mask is None else mask[:, 0].sum(-1) - 1
-        rotary = self.rotary(position_ids, h_BTD.dtype)
+        config = self.config
+        if isinstance(memory, BrianCache):
+            memory.forget(journey.segment_BS)
+        sight = Sight.of(h_BTD.shape[1], past, journey.segment_BS, h_BTD.device)
+        rotary = self.rotary(sight.positions() if position_ids is None else position_ids, h_BTD.dtype)
+        journey.sight, journey.rotary = sight, rotary
         recompute = self.gradient_checkpointing and self.training
-        pool, first = self.config.pool_blocks, self.config.pre_blocks  # read once: a configuration answers slowly
-        layer = 0
+        pool, first = config.pool_blocks, config.pre_blocks  # read once: a configuration answers slowly
+        layer, near = 0, sight.within(config.attention_window, config.attention_sinks, _slots(memory, config, sight.tokens))
         for index, block in enumerate(self.blocks):
             if isinstance(block, PoolBlock):
                 if index == first:
-                    h_BTD = travel(self, h_BTD, journey, rotary, mask, memory, recompute=recompute)
-                    layer += 1
+                    h_BTD = travel(self, h_BTD, journey, rotary, memory, recompute=recompute)
+                    layer += config.remembers_rows + config.remembers_codes
                 continue
             if pool and index >= first:
                 journey.after_pool.append(h_BTD.detach())
+            if isinstance(block, CodeReader):
+                assert self.codes is not None and journey.code_rows is not None
+                mask = code_mask(self.codes, journey.code_rows, sight)
+                inputs = (self.codes, h_BTD, rotary, journey.code_rows.rows_B1SW, mask)
+                h_BTD = checkpoint(block.read, *inputs, use_reentrant=False) if recompute else block.read(*inputs)
+                continue
             if recompute:
-                h_BTD = checkpoint(block, h_BTD, rotary, mask, None, layer, use_reentrant=False)
+                h_BTD = checkpoint(block, h_BTD, rotary, near, None, layer, use_reentrant=False)
             else:
-                h_BTD = block(h_BTD, rotary, mask, memory, layer)
+                h_BTD = block(h_BTD, rotary, near, memory, layer)
             layer += 1
-        journey.mask, journey.rotary = mask, rotary
         return h_BTD
 
     def _loss(self, h_BTD: Tensor, target_BT: Tensor, count: Tensor | int | None, journey: Journey) -> tuple[Tensor, dict[str, Tensor]]:
@@ -231,6 +237,21 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if self.pool is None:
             return Trace.fixed(input_ids, present, self.config.num_hidden_layers)
         return Trace.routed(input_ids, present, self.config, journey.records, journey.threshold, self.pool.gain_scale)
+
+
+def _block(config: BrianConfig, index: int) -> Block:
+    """Return the block at a place: before the pool, in it, or after it."""
+    place = index - config.pre_blocks
+    if 0 <= place < config.pool_blocks:
+        return PoolBlock(config, remembers=config.remembers_rows)
+    return CodeReader(config, place) if place >= 0 and config.post_memory == "canonical" else Block(config)
+
+
+def _slots(memory: Cache | None, config: BrianConfig, tokens: int) -> Tensor | None:
+    """Return which tokens the blocks outside the pool will remember after `tokens` more; None where nothing is ever forgotten."""
+    if not config.attention_window or not isinstance(memory, BrianCache):
+        return None
+    return memory.layers[0 if config.pre_blocks else -1].slots(tokens)  # type: ignore[attr-defined]
 
 
 def from_rows(config: BrianConfig, rows: Any) -> BrianForCausalLM:

@@ -9,26 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pathlm.models.brian.codes import question
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
-from pathlm.models.brian.grouping import Arrange, Pick, UnitGate, spread
-from pathlm.models.brian.memory import PoolMemory
+from pathlm.models.brian.grouping import Arrange, Pick, UnitGate
 from pathlm.models.brian.routing import best_blocks, legal_blocks
-from pathlm.models.layers import attend, rotate, turned
+from pathlm.models.brian.table import Surroundings, Table
+from pathlm.models.layers import rotate, turned
 
 # Shapes: B rows, T tokens, N = B · T, n tokens still in the pool in the order of their places, k blocks each visits in one step,
 # e = k · n visits grouped by block, M blocks, R route steps, H heads, G key/value heads, K head width, S tokens attended, Q queries per row
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the blocks of a pool see beside the tokens themselves."""
-
-    rotary: tuple[Tensor, Tensor]
-    mask: Tensor | None
-    """(B or 1, 1, T, S), or None where tokens see all before them"""
-    memory: PoolMemory | None = None
-    recompute: bool = False
-    """Compute the inside of blocks again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +102,13 @@ class PoolRun:
     def __init__(self, pool: Any, blocks: list[Any], surroundings: Surroundings, plan: Plan) -> None:
         self.pool, self.blocks, self.around, self.plan = pool, blocks, surroundings, plan
         self.records = Records()
-        self._table: tuple[Tensor, Tensor] | None = None
         self._left: list[Departed] = []
 
     def run(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens' hidden states (B, T, D) and the positions (B, T, P) from which they left."""
         config, (batch, tokens) = self.pool.config, h_BTD.shape[:2]
         self.rows, self.tokens = batch, tokens
-        if self.around.memory is not None:
-            self.around.memory.extend(h_BTD.new_empty(()).expand(batch, config.num_key_value_heads, tokens, config.head_dim))
+        self.table = Table(self.around, h_BTD, groups=self.blocks[0].groups, width=self.blocks[0].width)
         count = batch * tokens
         start = torch.full((count,), -1, device=h_BTD.device)
         state = _Tokens(h_BTD.flatten(0, 1), self.pool.starting_position(count, h_BTD.dtype), start, torch.zeros_like(start), None)
@@ -194,33 +181,13 @@ class PoolRun:
         self.records.evaluations += n * k
         weight_nk = score_nM.gather(-1, block_nk).softmax(-1) if k > 1 else None
         groups = _Groups.of(block_nk, len(self.blocks))
-        qkv, h_in = self._project(groups, state)
-        heads, kv_heads = self.blocks[0].heads, self.blocks[0].groups
-        query, kv = qkv[..., :heads, :], qkv[..., heads:, :]  # (k, n, heads, K)
-        if weight_nk is not None:
-            # Copies of parts: what the backward pass keeps is then no longer than it needs.
-            kv = (kv.contiguous() * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
-        if state.place is None:
-            shape = (self.rows, self.tokens)
-            first = qkv[0] if weight_nk is None else torch.cat((query[0], kv[0]), dim=1)
-            q, key, value = turned(first.unflatten(0, shape), self.around.rotary, heads)
-            if weight_nk is not None:
-                value = value.clone(memory_format=torch.contiguous_format)
-            keys, values = self._written(step, key, value)
-            read = [attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1)]
-            for other in query[1:]:
-                q = turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0].clone()
-                read.append(attend(q, keys, values, self.around.mask).transpose(1, 2).flatten(2).flatten(0, 1))
-        else:
-            rotary = self._rotary_at(state.place)
-            turned_kn = [turned(torch.cat((q, kv[0]), dim=1)[None], rotary, heads) for q in query]
-            keys, values = self._written_some(step, turned_kn[0][1], turned_kn[0][2], state.place, kv_heads)
-            read = [self._read_some(q[0].transpose(0, 1), keys, values, state.place) for q, _, _ in turned_kn]
+        qkv, asked, h_in = self._project(groups, state)
+        read = self._read(step, qkv, asked, state.place, weight_nk)
         h = self._finish(groups, state, h_in, read, weight_nk)
         if self.plan.gate and k == 1 and torch.is_grad_enabled():
             probability_n = score_nM.softmax(-1).gather(-1, block_nk)[:, 0]
             h = UnitGate.apply(h, state.h, probability_n, self.plan.gate)
-            h = self._tried(h, state, block_nk, score_nM, (keys, values)) if self.plan.other_share else h
+            h = self._tried(h, state, block_nk, score_nM) if self.plan.other_share else h
         first_n = block_nk[:, 0]
         repeats = torch.where(first_n == state.at, state.repeats + 1, 1)
         p = self.pool.position[1 + block_nk].to(h.dtype)
@@ -231,7 +198,43 @@ class PoolRun:
             p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True)
         return _Tokens(h, p, first_n, repeats, state.place)
 
-    def _tried(self, h: Tensor, state: _Tokens, block_nk: Tensor, score_nM: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def _read(self, step: int, qkv: Tensor, asked: Tensor | None, place: Tensor | None, weight_nk: Tensor | None) -> list[Tensor]:
+        """Let the visits (k, n, H + 2G, K) write their rows, and return what each of the k then reads (n, H · X)."""
+        table, heads, kv_heads = self.table, self.blocks[0].heads, self.blocks[0].groups
+        query, kv = qkv[..., :heads, :], qkv[..., heads:, :]  # (k, n, heads, K)
+        if weight_nk is not None:
+            # Copies of parts: what the backward pass keeps is then no longer than it needs.
+            kv = (kv.contiguous() * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
+        if place is not None:
+            rotary = self._rotary_at(place)
+            if kv_heads:
+                turned_kn = [turned(torch.cat((q, kv[0]), dim=1)[None], rotary, heads) for q in query]
+                self._rewrite_some(step, turned_kn[0][1], turned_kn[0][2], place)
+                queries = [q[0].transpose(0, 1) for q, _, _ in turned_kn]
+            else:
+                queries = [rotate(q[None], *rotary)[0] for q in query]
+            if asked is not None:
+                queries = [question(a, q) for a, q in zip(asked, queries, strict=True)]
+            keys, values = table.now()
+            return [table.read_some(q, keys, values, place) for q in queries]
+        shape = (self.rows, self.tokens)
+        if kv_heads:
+            first = qkv[0] if weight_nk is None else torch.cat((query[0], kv[0]), dim=1)
+            q, key, value = turned(first.unflatten(0, shape), self.around.rotary, heads)
+            if weight_nk is not None:
+                value = value.clone(memory_format=torch.contiguous_format)
+            table.rewrite(step, key, value)
+            queries = [q] + [
+                turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0].clone() for other in query[1:]
+            ]
+        else:
+            queries = [rotate(q.unflatten(0, shape), *self.around.rotary).transpose(1, 2) for q in query]
+        if asked is not None:
+            queries = [question(a.unflatten(0, shape).transpose(1, 2), q) for a, q in zip(asked, queries, strict=True)]
+        keys, values = table.now()
+        return [table.read(q, keys, values) for q in queries]
+
+    def _tried(self, h: Tensor, state: _Tokens, block_nk: Tensor, score_nM: Tensor) -> Tensor:
         """Run another legal block for a few tokens, for its probability's gradient only: `h` (n, D) comes back with the same values."""
         other_nM = (~score_nM.isneginf()).to(h.dtype).scatter(1, block_nk, 0.0)
         drawn_n = (torch.rand(len(h), device=h.device) < self.plan.other_share) & (other_nM.sum(-1) > 0)
@@ -243,100 +246,57 @@ class PoolRun:
         with torch.no_grad():
             some = _Tokens(state.h[tried], state.p[tried], state.at[tried], state.repeats[tried], place)
             groups = _Groups.of(block, len(self.blocks))
-            qkv, h_in = self._project(groups, some)
-            query = turned(qkv[0][None], self._rotary_at(place), self.blocks[0].heads)[0][0].transpose(0, 1)
-            found = self._finish(groups, some, h_in, [self._read_some(query, *table, place)], None)
+            qkv, asked, h_in = self._project(groups, some)
+            query = rotate(qkv[:, :, : self.blocks[0].heads], *self._rotary_at(place))[0]
+            query = query if asked is None else question(asked[0], query)
+            read = self.table.read_some(query, *self.table.now(), place)
+            found = self._finish(groups, some, h_in, [read], None)
         self.records.other_evaluations += len(tried)
         probability = score_nM[tried].softmax(-1).gather(-1, block)
         slope = self.plan.gate * (probability - probability.detach())
         return h.index_add(0, tried, slope.to(h.dtype) * (found - some.h))
 
-    def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, list[Tensor]]:
-        """Return queries, keys and values (k, n, H + 2G, K) of every visit, and the hidden states each group starts from."""
+    def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for (k, n, H, C) where there are any, and the
+        hidden states that each group starts from.
+        """
         h_in = groups.split(state.h)
         p_in = groups.split(state.p) if len(self.pool.adapters) else [None] * len(h_in)
-        parts = []
+        parts, asked = [], []
         for block, h, p in zip(groups.blocks, h_in, p_in, strict=True):
             x = h if p is None else h + self.pool.adapters[block](p)
-            parts.append(self._call(self.blocks[block].project_frugally if groups.copies > 1 else self.blocks[block].project, x))
-        return groups.joined(parts), h_in
+            part = self._call(self.blocks[block].project_frugally if groups.copies > 1 else self.blocks[block].project, x)
+            parts.append(part)
+            if self.table.codes is not None:
+                asked.append(self.table.codes.ask(block, part[:, : self.blocks[block].heads]))
+        return groups.joined(parts), groups.joined(asked) if asked else None, h_in
 
     def _finish(self, groups: _Groups, state: _Tokens, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
         """Return the next hidden states (n, D)."""
         read_in = groups.split(torch.cat(read), copied=True)
+        heard = [self.table.heard(block, part) for block, part in zip(groups.blocks, read_in, strict=True)]
         halves = [self.blocks[b].finish_frugally if groups.copies > 1 else self.blocks[b].finish for b in groups.blocks]
-        parts = [self._call(half, h, r) for half, h, r in zip(halves, h_in, read_in, strict=True)]
+        parts = [self._call(half, h, r) for half, h, r in zip(halves, h_in, heard, strict=True)]
         h_knD = groups.joined(parts)
         return h_knD[0] if weight_nk is None else (h_knD * weight_nk.T[..., None].to(h_knD.dtype)).sum(0)
 
     def _call(self, half: Any, *inputs: Tensor) -> Tensor:
         return checkpoint(half, *inputs, use_reentrant=False) if self.around.recompute else half(*inputs)
 
-    def _written(self, step: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewrite the rows of all new tokens (B, G, T, K) and return the table (B, G, S, K)."""
-        if self.around.memory is None:
-            self._table = (key, value)
-            return self._table
-        self.around.memory.write(step, key, value)
-        return self.around.memory.version(step, key.shape[1])
-
-    def _written_some(self, step: int, key: Tensor, value: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """Rewrite the rows (1, G, n, K) of the tokens at `place` and return the table (B, G, S, K)."""
+    def _rewrite_some(self, step: int, key: Tensor, value: Tensor, place: Tensor) -> None:
+        """Rewrite the rows (1, G, n, K) of the tokens at `place`, and where it is so, of those that have left."""
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (n, G, K)
         if self.pool.config.left_rows == "refreshed":
             left, kv = self._refreshed(step)
             old = kv.tensor_split(2, dim=1)
             place, key, value = torch.cat((place, left)), torch.cat((key, old[0])), torch.cat((value, old[1]))
-        if self.around.memory is not None:
-            memory = self.around.memory
-            memory.write_some(step, place // self.tokens, self._slot(place), key, value)
-            return memory.version(step, groups)
-        assert self._table is not None  # everybody visits a block in the first step
-        shape = (self.rows, self.tokens)
-        flat = [
-            table.transpose(1, 2).flatten(0, 1).index_copy(0, place, rows) for table, rows in zip(self._table, (key, value), strict=True)
-        ]
-        self._table = (flat[0].unflatten(0, shape).transpose(1, 2), flat[1].unflatten(0, shape).transpose(1, 2))
-        return self._table
+        self.table.rewrite_some(step, key, value, place)
 
     def _rotary_at(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (1, n, 1, K) of the tokens at `place`."""
         cos, sin = self.around.rotary
         index = place % self.tokens if cos.shape[0] == 1 else place
         return cos.flatten(0, 1)[index][None], sin.flatten(0, 1)[index][None]
-
-    def _read_some(self, query_nHK: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> Tensor:
-        """Return what the tokens at `place` read of the table (n, H · K)."""
-        n, heads, width = query_nHK.shape
-        flat_nX, mask = query_nHK.flatten(1), self.around.mask
-        if self.tokens == 1:
-            return _read_rows(query_nHK, keys, values, mask, place.tolist())
-        if 2 * n > self.rows * self.tokens:
-            # Queries of tokens that have left are zeros: cheaper than leaving the order in which no mask is needed.
-            per_row, slot = self.tokens, place
-        else:
-            per_row, slot, when_BQ = self._compacted(place)
-            if mask is None:
-                past = keys.shape[2] - self.tokens
-                mask = (torch.arange(keys.shape[2], device=place.device) <= past + when_BQ[..., None])[:, None]
-            else:
-                index = when_BQ[..., None].expand(-1, -1, mask.shape[-1])
-                mask = mask[:, 0].expand(self.rows, -1, -1).gather(1, index)[:, None]
-        query = spread(flat_nX, slot, self.rows * per_row).view(self.rows, per_row, heads, width).transpose(1, 2)
-        read = attend(query, keys, values, mask).transpose(1, 2).flatten(2).flatten(0, 1)
-        return Pick.apply(read, slot)
-
-    def _compacted(self, place: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Push each row's tokens together: returns the longest row Q, slots (n,) among B · Q, and the time of each slot (B, Q)."""
-        present = torch.zeros(self.rows * self.tokens, dtype=torch.long, device=place.device)
-        present[place] = 1
-        present_BT = present.view(self.rows, self.tokens)
-        rank = (present_BT.cumsum(1) - 1).flatten()[place]
-        per_row = int(present_BT.sum(1).max())
-        slot = place // self.tokens * per_row + rank
-        when = torch.zeros(self.rows * per_row, dtype=torch.long, device=place.device)
-        when[slot] = place % self.tokens
-        return per_row, slot, when.view(self.rows, per_row)
 
     def _leave(self, state: _Tokens, steps: int) -> None:
         place = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
@@ -351,7 +311,7 @@ class PoolRun:
         for later in range(step, self.pool.config.max_route_steps):
             place, kv = self._refreshed(later)
             key, value = kv.tensor_split(2, dim=1)
-            memory.write_some(later, place // self.tokens, self._slot(place), key, value)
+            memory.write_some(later, place // self.tokens, self.table.slot(place), key, value)
 
     def _refreshed(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the places (n,) of the tokens that have left and their turned keys, then values, at `step` (n, 2G, K)."""
@@ -359,10 +319,6 @@ class PoolRun:
         key, value = kv.tensor_split(2, dim=1)
         key = rotate(key[None], *self._rotary_at(place))[0]
         return place, torch.cat((key, value), dim=1)
-
-    def _slot(self, place: Tensor) -> Tensor:
-        assert self.around.memory is not None
-        return place % self.tokens + self.around.memory.get_seq_length() - self.tokens
 
     def _gathered(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Put everybody back at their places."""
@@ -428,15 +384,3 @@ def _explored(score_nM: Tensor, plan: Plan) -> Tensor:
         chance = torch.rand_like(score_nM).masked_fill(score_nM.isneginf(), -torch.inf)
         score_nM = torch.where(torch.rand_like(score_nM[:, :1]) < plan.random_share, chance, score_nM)
     return score_nM
-
-
-def _read_rows(query_nHK: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
-    """Attend for one new token in each of some batch rows, without copying their memory: neighbouring rows together."""
-    parts, start = [], 0
-    for i in range(1, len(rows) + 1):
-        if i == len(rows) or rows[i] != rows[i - 1] + 1:
-            run = slice(rows[start], rows[i - 1] + 1)
-            seen = mask if mask is None or mask.shape[0] == 1 else mask[run]
-            parts.append(attend(query_nHK[start:i, :, None], keys[run], values[run], seen)[:, :, 0].flatten(1))
-            start = i
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

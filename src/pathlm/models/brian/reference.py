@@ -38,14 +38,13 @@ def cross_entropy(scores_TV: Tensor, labels: list[int]) -> Tensor:
 
 def ordinary(model: BrianForCausalLM, blocks: Iterable[nn.Module], hidden: list[Tensor], documents: list[int]) -> list[Tensor]:
     """Return the hidden state of every token after all `blocks`, in order."""
-    positions = count(documents)
+    positions, config = count(documents), model.config
+    seen = [visible(t, documents, config.attention_window, config.attention_sinks) for t in range(len(documents))]
     for block in blocks:
         assert isinstance(block, Block)
         parts = [project(model, block, h_D, position) for h_D, position in zip(hidden, positions, strict=True)]
         rows = [(key, value) for _, key, value in parts]
-        hidden = [
-            finish(model, block, h_D, attend(parts[t][0], [rows[s] for s in visible(t, documents)], model)) for t, h_D in enumerate(hidden)
-        ]
+        hidden = [finish(model, block, h_D, attend(parts[t][0], [rows[s] for s in seen[t]], model)) for t, h_D in enumerate(hidden)]
     return hidden
 
 
@@ -59,18 +58,19 @@ def count(documents: list[int]) -> list[int]:
     return [documents[:t].count(documents[t]) for t in range(len(documents))]
 
 
-def visible(t: int, documents: list[int]) -> list[int]:
-    """Return the tokens that token t sees."""
-    return [s for s in range(t + 1) if documents[s] == documents[t]]
+def visible(t: int, documents: list[int], window: int = 0, sinks: int = 0) -> list[int]:
+    """Return the tokens that token t sees: of its document all up to itself, or the `window` newest and the first `sinks`."""
+    mine = [s for s in range(t + 1) if documents[s] == documents[t]]
+    return mine if not window else mine[:sinks] + mine[max(sinks, len(mine) - window) :]
 
 
 def project(model: BrianForCausalLM, block: Block, h_D: Tensor, position: int) -> tuple[Heads, Heads, Heads]:
     """Return one token's turned queries and keys, and its values."""
     config = model.config
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    assert groups is not None and width is not None
+    heads, groups, width = config.num_attention_heads, block.groups, config.head_dim
+    assert width is not None
     parts = linear(block.qkv_proj, normalise(h_D, block.attention_norm.weight, config.rms_norm_eps)).split(width)
-    turned = [_turn(part, position, model) for part in parts[: heads + groups]]
+    turned = [turn(part, position, model) for part in parts[: heads + groups]]
     return turned[:heads], turned[heads:], list(parts[heads + groups :])
 
 
@@ -104,7 +104,7 @@ def normalise(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * x_D / torch.sqrt((x_D * x_D).sum() / len(x_D) + eps)
 
 
-def _turn(x_K: Tensor, position: int, model: BrianForCausalLM) -> Tensor:
+def turn(x_K: Tensor, position: int, model: BrianForCausalLM) -> Tensor:
     """Turn the pairs (i, i + K/2) by the position's angles. Angles are float32, as everywhere."""
     frequency, scale = rotary_frequencies(model.config)
     angle = position * frequency

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pathlm.models.brian import reference_codes
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.reference import Heads, attend, count, finish, head, linear, ordinary, project, visible
 from pathlm.models.brian.routing import RoutePool
@@ -39,6 +40,8 @@ class Traveller:
     left: bool = False
     refreshed: int = 0
     """How often its row was made anew after it had left."""
+    code: reference_codes.Code | None = None
+    """What the pool remembers of it for all its blocks."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,27 @@ def read(
     """
     config = model.config
     documents = document_ids or [0] * len(input_ids)
+    window, local_share = model.codes.reach if config.remembers_codes else (0, 1.0)
     first_post = config.pre_blocks + config.pool_blocks
     hidden = ordinary(model, model.blocks[: config.pre_blocks], [model.embed_tokens.weight[token] for token in input_ids], documents)
     table = _pool(model).position if config.block_position != "none" else None
     start = None if table is None else table[0]
-    travellers = [Traveller(h_D, start, rotary) for h_D, rotary in zip(hidden, count(documents), strict=True)]
+    positions = count(documents)
+    travellers = [Traveller(h_D, start, rotary) for h_D, rotary in zip(hidden, positions, strict=True)]
+    if config.remembers_codes:
+        for traveller in travellers:
+            traveller.code = reference_codes.write(model, traveller.h_D, traveller.rotary)
     for step in range(config.max_route_steps):
         for traveller in travellers:
             if not traveller.left:
                 _choose(model, traveller, step, budget=budget, top_k=config.route_top_k if top_k is None else top_k, forced=forced)
-        _visit(model, [None if traveller.left else traveller for traveller in travellers], travellers, documents, gate)
+        moving = [None if traveller.left else traveller for traveller in travellers]
+        _visit(model, moving, travellers, documents, gate=gate, window=window, share=local_share)
     hidden = [_leave(model, traveller) for traveller in travellers]
-    hidden = ordinary(model, model.blocks[first_post:], hidden, documents)
+    if config.post_memory == "canonical":
+        hidden = reference_codes.post(model, hidden, _codes(travellers), documents, positions)
+    else:
+        hidden = ordinary(model, model.blocks[first_post:], hidden, documents)
     visits = sum(len(blocks) for traveller in travellers for blocks in traveller.route)
     return Reading(head(model, hidden), travellers, visits + len(input_ids) * (config.pre_blocks + config.post_blocks))
 
@@ -154,11 +166,16 @@ def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget:
     traveller.share = share[chosen[0] - 1]
 
 
-def _visit(model: BrianForCausalLM, moving: list[Traveller | None], travellers: list[Traveller], documents: list[int], gate: float) -> None:
+def _visit(
+    model: BrianForCausalLM, moving: list[Traveller | None], travellers: list[Traveller], documents: list[int], *, gate: float,
+    window: int, share: float,
+) -> None:  # fmt: skip
     """Let the tokens that chose write their rows, and only then let each of them read those of the tokens up to itself."""
     query: list[list[Heads]] = []
+    inputs: list[list[Tensor]] = []
     for traveller, arrived in zip(moving, travellers, strict=True):
         query.append([])
+        inputs.append([])
         if traveller is None:
             if model.config.left_rows == "refreshed":
                 _refresh(model, arrived)
@@ -170,16 +187,24 @@ def _visit(model: BrianForCausalLM, moving: list[Traveller | None], travellers: 
                 h_D = h_D + _matrix(_pool(model).adapters[number - 1]) @ traveller.p_P
             q, key, value = project(model, _block(model, number), h_D, traveller.rotary)
             query[-1].append(q)
+            inputs[-1].append(h_D)
             rows.append((key, value))
-        traveller.row = _mix_rows(traveller.weights[-1], rows)
+        traveller.row = _mix_rows(traveller.weights[-1], rows) if model.config.remembers_rows else None
     table = [traveller.row for traveller in travellers]
     for t, traveller in enumerate(moving):
         if traveller is None:
             continue
-        seen = [row for s in visible(t, documents) if (row := table[s]) is not None]
+        if model.config.remembers_codes:
+            seen = reference_codes.seen_from(t, documents, model, table, _codes(travellers), window=window, share=share)
+            heard = [
+                reference_codes.read(model, _block(model, number), number - 1, h_D, traveller.rotary, seen)
+                for number, h_D in zip(traveller.route[-1], inputs[t], strict=True)
+            ]
+        else:
+            near = [row for s in visible(t, documents) if (row := table[s]) is not None]
+            heard = [attend(q, near, model) for q in query[t]]
         results = [
-            finish(model, _block(model, number), traveller.h_D, attend(q, seen, model))
-            for number, q in zip(traveller.route[-1], query[t], strict=True)
+            finish(model, _block(model, number), traveller.h_D, read) for number, read in zip(traveller.route[-1], heard, strict=True)
         ]
         new_D = _mix(traveller.weights[-1], results)
         if gate and len(results) == 1:
@@ -198,6 +223,10 @@ def _refresh(model: BrianForCausalLM, traveller: Traveller) -> None:
         h_D = h_D + _matrix(_pool(model).adapters[number - 1]) @ traveller.p_P
     _, key, value = project(model, _block(model, number), h_D, traveller.rotary)
     traveller.row = (key, value)
+
+
+def _codes(travellers: list[Traveller]) -> list[reference_codes.Code]:
+    return [traveller.code for traveller in travellers if traveller.code is not None]
 
 
 def _pool(model: BrianForCausalLM) -> RoutePool:

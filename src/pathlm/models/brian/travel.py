@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pathlm.models.brian import exits, losses
+from pathlm.models.brian.codes import CodeRows
 from pathlm.models.brian.curriculum import Knobs
-from pathlm.models.brian.memory import PoolMemory
-from pathlm.models.brian.pool import Plan, PoolRun, Records, Surroundings
+from pathlm.models.brian.memory import CodeMemory, PoolMemory
+from pathlm.models.brian.pool import Plan, PoolRun, Records
+from pathlm.models.brian.sight import Sight
 from pathlm.models.brian.steering import TAUGHT, note_difficulty, steer
+from pathlm.models.brian.table import Surroundings
 from pathlm.models.brian.walk import suits, walk
 from pathlm.models.losses import IGNORE
 
@@ -36,8 +39,9 @@ class Journey:
     plan: Plan | None = None
     after_pool: list[Tensor] = field(default_factory=list)
     """Hidden states (B, T, D) that entered each block after the pool"""
-    mask: Tensor | None = None
+    sight: Sight | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    code_rows: CodeRows | None = None
 
     @property
     def threshold(self) -> Tensor:
@@ -106,7 +110,7 @@ class Journey:
         target_w = self.target_BT.flatten()[watched]
         shortest = model.config.min_route_steps
         with torch.set_grad_enabled(knobs.hindsight and torch.is_grad_enabled()):
-            loss_Rw = exits.losses_by_step(model, self.records, watched, target_w, self.after_pool, self.mask, self.rotary)
+            loss_Rw = exits.losses_by_step(model, self, watched, target_w)
         hindsight = exits.hindsight_loss(loss_Rw, shortest=shortest, price=knobs.price) if knobs.hindsight else loss_Rw.new_zeros(())
         lesson = exits.exit_loss(self.records, watched, loss_Rw.detach(), shortest=shortest, best=knobs.best_gain, price=knobs.price)
         return *lesson, hindsight
@@ -117,19 +121,17 @@ def travel(
     h_BTD: Tensor,
     journey: Journey,
     rotary: tuple[Tensor, Tensor],
-    mask: Tensor | None,
     memory: Cache | None,
     *,
     recompute: bool,
 ) -> Tensor:
     """Send the tokens through the pool and return their hidden states (B, T, D); the journey keeps what happened."""
-    config, pool = model.config, model.pool
-    rows = None if memory is None else memory.layers[config.pre_blocks]
-    if rows is not None and not isinstance(rows, PoolMemory):
-        raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
-    knobs = journey.knobs
-    if suits(model, h_BTD, journey):
-        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, mask, rows, journey.budget)
+    pool, knobs, sight = model.pool, journey.knobs, journey.sight
+    assert sight is not None
+    rows, code_memory = _layers(model.config, memory)
+    reads_codes = _remember(model, h_BTD, journey, rotary, code_memory)
+    if not reads_codes and suits(model, h_BTD, journey):
+        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, sight.mask, rows, journey.budget)
         return h_BTD
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
     journey.plan = steer(
@@ -137,10 +139,37 @@ def travel(
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
-    run = PoolRun(pool, model.pool_blocks, Surroundings(rotary, mask, rows, recompute), journey.plan)
+    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, recompute)
+    run = PoolRun(pool, model.pool_blocks, around, journey.plan)
     h_BTD, p_BTP = run.run(h_BTD)
     journey.records = run.records
     return pool.leave(h_BTD, p_BTP)
+
+
+def _layers(config: Any, memory: Cache | None) -> tuple[PoolMemory | None, CodeMemory | None]:
+    """Return the parts of a memory that hold the pool's rows and its codes."""
+    if memory is None:
+        return None, None
+    kinds = [PoolMemory] * config.remembers_rows + [CodeMemory] * config.remembers_codes
+    found = memory.layers[config.pre_blocks : config.pre_blocks + len(kinds)]
+    if len(found) < len(kinds) or not all(isinstance(layer, kind) for layer, kind in zip(found, kinds, strict=True)):
+        raise ValueError(f"past_key_values is a {type(memory).__name__}: a model with a pool needs the cache that it returns itself")
+    rows = next((layer for layer in found if isinstance(layer, PoolMemory)), None)
+    return rows, next((layer for layer in found if isinstance(layer, CodeMemory)), None)
+
+
+def _remember(model: Any, h_BTD: Tensor, journey: Journey, rotary: tuple[Tensor, Tensor], memory: CodeMemory | None) -> bool:
+    """Write the codes of the tokens that enter the pool, if anybody reads codes, and return whether blocks of the pool do."""
+    codes = model.codes
+    if codes is None:
+        return False
+    if model.training and journey.knobs is not None:
+        codes.set_reach(journey.knobs.local_window, journey.knobs.local_share)
+    in_pool = codes.reach != (0, 1.0)
+    if in_pool or model.config.post_memory == "canonical":
+        rows = codes.write(h_BTD, rotary)
+        journey.code_rows = CodeRows(rows) if memory is None else CodeRows(memory.add(rows), memory.slots(0))
+    return in_pool
 
 
 def _routed(knobs: Knobs | None) -> bool:

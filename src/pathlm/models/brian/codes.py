@@ -1,0 +1,161 @@
+"""Canonical memory: one code per token for the whole pool, written once, and what the blocks read of codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.layers import Block, RMSNorm, rotate
+
+# Shapes: B rows, T tokens, S tokens remembered, n any tokens, D width, C numbers in a code, H heads, G key/value heads, K head width,
+# r rank, A adapters, W = C + K width of what is remembered of a token
+
+
+@dataclass(frozen=True)
+class CodeRows:
+    """What is remembered of all tokens read so far, as codes."""
+
+    rows_B1SW: Tensor
+    slots: Tensor | None = None
+    """Which tokens (S,) these are; None where they are all"""
+
+
+class Codes(nn.Module):
+    """Writes codes, and is the adapters through which blocks read them.
+
+    A head with query q at place t scores the code c of place s with `(q · K c + turn(q, t) · turn(U c, s)) / √width` and reads `V c`. K and V
+    are those of its block, or of all; U, whose product is turned by the token's place, is one for all heads and blocks. Since
+    q · K c = Kᵀq · c, a block asks for codes in their own space and translates what it gets: nothing is made of a code for any
+    block, and all blocks read one table.
+    """
+
+    local_window: Tensor
+    local_share: Tensor
+
+    def __init__(self, config: BrianConfig) -> None:
+        super().__init__()
+        self.config = config
+        # What training last set, so that a model is used as it was trained.
+        self.register_buffer("local_window", torch.tensor(config.local_window))
+        self.register_buffer("local_share", torch.tensor(1.0))
+        width, code, head = config.hidden_size, config.code_width, config.head_dim
+        heads, groups, rank = config.num_attention_heads, config.num_key_value_heads, config.code_delta_rank
+        readers = config.pool_blocks + (config.post_blocks if config.post_memory == "canonical" else 0)
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
+        self.down = None if config.code_dim is None else nn.Linear(width, code, bias=False)
+        self.turned_key = nn.Linear(code, head, bias=False)
+        adapters = 1 if config.code_adapter == "shared" else readers
+        self.key = nn.Parameter(torch.empty(adapters, groups, head, code))
+        self.value = nn.Parameter(torch.empty(adapters, groups, head, code))
+        if rank:
+            self.key_wide = nn.Parameter(torch.empty(readers, heads, head, rank))
+            self.key_narrow = nn.Parameter(torch.empty(readers, heads, rank, code))
+            self.value_wide = nn.Parameter(torch.empty(readers, heads, head, rank))
+            self.value_narrow = nn.Parameter(torch.empty(readers, heads, rank, code))
+
+    @property
+    def reach(self) -> tuple[int, float]:
+        """How many newest tokens are read as rows (0 is all), and what share of their weight counts; the rest is that of their codes."""
+        if self.config.memory == "canonical":
+            return 0, 0.0
+        return int(self.local_window), float(self.local_share)
+
+    @torch.no_grad()
+    def set_reach(self, window: float | None, share: float | None) -> None:
+        """Let this many newest tokens, and this share of their weight, be read as rows from now on; None leaves what is."""
+        if window is not None:
+            self.local_window.fill_(round(window))
+        if share is not None:
+            self.local_share.fill_(share)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw the adapters from normal(0, initializer_range); what heads add to them starts at zero."""
+        for buffer, start in ((self.local_window, self.config.local_window), (self.local_share, 1.0)):
+            init.copy_(buffer, torch.tensor(start, dtype=buffer.dtype, device=buffer.device))
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_wide"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, std=self.config.initializer_range)
+
+    def write(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Return what is remembered of tokens that enter the pool in states `h_BTD`: codes, and keys turned by their place (B, 1, T, W)."""
+        code_BTC = self.norm(h_BTD)
+        if self.down is not None:
+            code_BTC = self.down(code_BTC)
+        key = rotate(self.turned_key(code_BTC)[:, :, None], *rotary)[:, :, 0]
+        return torch.cat((code_BTC, key), dim=-1)[:, None]
+
+    def ask(self, reader: int, query_nHK: Tensor) -> Tensor:
+        """Return the queries of a block, not turned, as questions to codes (n, H, C)."""
+        adapter = self.key[reader if len(self.key) > 1 else 0]
+        asked = torch.einsum("nghk,gkc->nghc", query_nHK.unflatten(1, (len(adapter), -1)), adapter.to(query_nHK.dtype)).flatten(1, 2)
+        if not self.config.code_delta_rank:
+            return asked
+        inner = torch.einsum("nhk,hkr->nhr", query_nHK, self.key_wide[reader].to(query_nHK.dtype))
+        return asked + torch.einsum("nhr,hrc->nhc", inner, self.key_narrow[reader].to(query_nHK.dtype))
+
+    def answer(self, reader: int, read_nHC: Tensor) -> Tensor:
+        """Return mixtures of codes as mixtures of a block's values (n, H, K)."""
+        adapter = self.value[reader if len(self.value) > 1 else 0]
+        told = torch.einsum("nghc,gkc->nghk", read_nHC.unflatten(1, (len(adapter), -1)), adapter.to(read_nHC.dtype)).flatten(1, 2)
+        if not self.config.code_delta_rank:
+            return told
+        inner = torch.einsum("nhc,hrc->nhr", read_nHC, self.value_narrow[reader].to(read_nHC.dtype))
+        return told + torch.einsum("nhr,hkr->nhk", inner, self.value_wide[reader].to(read_nHC.dtype))
+
+
+def question(asked: Tensor, turned: Tensor) -> Tensor:
+    """Return what heads look for (..., W), scaled so that `F.scaled_dot_product_attention` divides by √K in the end."""
+    query = torch.cat((asked, turned), dim=-1)
+    return query * (query.shape[-1] / turned.shape[-1]) ** 0.5
+
+
+def read_codes(query_BHTW: Tensor, rows_B1SW: Tensor, mask: Tensor | None) -> Tensor:
+    """Return mixtures of rows (B, H, T, W), whose first C numbers are mixtures of codes. Without a mask as `layers.attend`."""
+    if query_BHTW.shape[2] == 1:  # the heads of one token are as good as the tokens of one head
+        read = F.scaled_dot_product_attention(query_BHTW.transpose(1, 2), rows_B1SW, rows_B1SW, attn_mask=mask)
+        return read.transpose(1, 2)
+    return F.scaled_dot_product_attention(query_BHTW, rows_B1SW, rows_B1SW, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def joined_rows(rows_B1SW: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and rows as one table of keys and values (B, G, 2S, W): a row has no code, and nothing to tell in a code's place."""
+    groups, code = keys_BGSK.shape[1], rows_B1SW.shape[-1] - keys_BGSK.shape[-1]
+    codes = rows_B1SW.expand(-1, groups, -1, -1)
+    told = F.pad(codes[..., :code], (0, keys_BGSK.shape[-1]))
+    keys = torch.cat((codes, F.pad(keys_BGSK, (code, 0))), dim=2)
+    return keys, torch.cat((told, F.pad(values_BGSK, (code, 0))), dim=2)
+
+
+class CodeReader(Block):
+    """A block after the pool that remembers nothing of its own: it reads the codes of the pool."""
+
+    def __init__(self, config: BrianConfig, number: int) -> None:
+        super().__init__(config, remembers=False)
+        self.number = number
+        """Which reader of codes it is"""
+
+    def read(self, codes: Codes, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], rows_B1SW: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the next hidden state (B, T, D)."""
+        return self.finish(h_BTD, self.heard(codes, self.project(h_BTD), rotary, rows_B1SW, mask))
+
+    def heard(self, codes: Codes, query_BTHK: Tensor, rotary: tuple[Tensor, Tensor], rows_B1SW: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what the queries, not yet turned, read (B, T, H · K)."""
+        shape = query_BTHK.shape[:2]
+        asked = codes.ask(self.number, query_BTHK.flatten(0, 1)).unflatten(0, shape)
+        query = question(asked, rotate(query_BTHK, *rotary)).transpose(1, 2)
+        read = read_codes(query, rows_B1SW, mask).transpose(1, 2)[..., : codes.config.code_width]
+        return codes.answer(self.number, read.flatten(0, 1)).unflatten(0, shape).flatten(2)
+
+
+def is_reader(block: Any) -> bool:
+    """Whether a block reads codes instead of keys and values of its own."""
+    return isinstance(block, CodeReader)
