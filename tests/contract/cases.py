@@ -134,7 +134,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "router": {"": {}, "deep router": {"router_hidden": 8}},
     "memory": {
         "": {},
-        "codes": {"memory": "canonical"},
+        "codes": {"memory": "canonical", "code_dim": 0},
         "small codes everywhere": {"memory": "canonical", "code_dim": 6, "code_adapter": "block", "post_memory": "canonical"},
         "newest codes": {"memory": "canonical", "code_dim": 6, "code_delta_rank": 2, "code_window": 4, "code_sinks": 1},
         "rows as wide as the text": {"memory": "local+canonical", "code_dim": 6, "post_memory": "canonical"},

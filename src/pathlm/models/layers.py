@@ -181,7 +181,10 @@ def attend(
     value: Float[Tensor, "b g s k"],
     mask: Bool[Tensor, "b_or_1 1 t s"] | Float[Tensor, "b_or_1 1 t s"] | None,
 ) -> Float[Tensor, "b h t k"]:
-    """Return softmax attention over what `mask` lets each query see, or with `mask` added to the scores. Without a mask the queries must be all S tokens, each seeing those up to itself, or the last one alone."""
+    """Return softmax attention over what `mask` lets each query see; a mask of numbers is added to the scores.
+
+    Without a mask the queries must be all S tokens, each seeing those up to itself, or the last one alone.
+    """
     causal = mask is None and query.shape[2] > 1
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
 

@@ -29,10 +29,10 @@ class CodeRows:
 class Codes(nn.Module):
     """Writes codes, and is the adapters through which blocks read them.
 
-    A head with query q at place t scores the code c of place s with `(q · K c + turn(q, t) · turn(U c, s)) / √width` and reads `V c`. K and V
-    are those of its block, or of all; U, whose product is turned by the token's place, is one for all heads and blocks. Since
-    q · K c = Kᵀq · c, a block asks for codes in their own space and translates what it gets: nothing is made of a code for any
-    block, and all blocks read one table.
+    A head with query q at place t scores the code c of place s with `(q · K c + turn(q, t) · turn(U c, s)) / √width` and reads `V c`. K and
+    V are those of its block, or of all; U, whose product is turned by the token's place, is one for all heads and blocks. Since
+    q · K c = Kᵀq · c, a block asks for codes in their own space and translates what it gets: nothing is made of a code for any block, and
+    all blocks read one table.
     """
 
     local_window: Tensor
@@ -46,9 +46,10 @@ class Codes(nn.Module):
         self.register_buffer("local_share", torch.tensor(1.0))
         width, code, head = config.hidden_size, config.code_width, config.head_dim
         heads, groups, rank = config.num_attention_heads, config.num_key_value_heads, config.code_delta_rank
+        assert head is not None and groups is not None
         readers = config.pool_blocks + (config.post_blocks if config.post_memory == "canonical" else 0)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.down = None if config.code_dim is None else nn.Linear(width, code, bias=False)
+        self.down = None if config.code_dim == 0 else nn.Linear(width, code, bias=False)
         self.turned_key = nn.Linear(code, head, bias=False)
         adapters = 1 if config.code_adapter == "shared" else readers
         self.key = nn.Parameter(torch.empty(adapters, groups, head, code))

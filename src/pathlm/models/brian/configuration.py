@@ -55,12 +55,13 @@ class BrianConfig(PreTrainedConfig):
     router_hidden: int = 0
     """Width of a second, non-linear layer of the router; 0 is a linear router."""
     memory: str = "local"
-    """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits; `canonical` one
-    code per token for the whole pool, written once on entering it; `local+canonical` rows of the newest tokens and codes of the others."""
+    """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits; `canonical`
+    one code per token for the whole pool, written once on entering it; `local+canonical` rows of the newest tokens, codes of the others."""
     local_window: int = 0
     """With `local+canonical`: how many newest tokens, itself included, a token reads as rows; 0 is all. What training last set counts."""
     code_dim: int | None = None
-    """Numbers in a code; None is the hidden state as it is, normalised. Beside them a key of `head_dim` numbers that knows its position."""
+    """Numbers in a code; None is half of `hidden_size`, 0 the normalised state as it is. Beside them `head_dim` of a key that knows its
+    position."""
     code_adapter: str = "shared"
     """What makes keys and values of a code: one adapter `shared` by all blocks, or one for each `block`."""
     code_delta_rank: int = 0
@@ -135,7 +136,7 @@ class BrianConfig(PreTrainedConfig):
     @property
     def code_width(self) -> int:
         """Numbers in a code, without the key that knows its position."""
-        return self.hidden_size if self.code_dim is None else self.code_dim
+        return self.hidden_size // 2 if self.code_dim is None else self.code_dim or self.hidden_size
 
     def validate_architecture(self) -> None:
         """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
@@ -185,10 +186,10 @@ class BrianConfig(PreTrainedConfig):
         windows = ("local_window", "code_window", "code_sinks", "attention_window", "attention_sinks", "code_delta_rank")
         for name in windows:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.code_dim is None or self.code_dim >= 1, "code_dim", self.code_dim, "must be at least 1, or None for no compression")
+        _require(self.code_dim is None or self.code_dim >= 0, "code_dim", self.code_dim, "must not be negative")
         for of in ("code", "attention"):
             sinks, window = getattr(self, f"{of}_sinks"), getattr(self, f"{of}_window")
-            _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs a {of}_window: without one every token is seen anyway")
+            _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs {of}_window: without one every token is seen anyway")
         mixed = f'needs memory="local+canonical", this is {self.memory!r}'
         _require(not self.local_window or self.memory == "local+canonical", "local_window", self.local_window, mixed)
         kept = 'needs rows to keep: memory must be "local" or "local+canonical"'

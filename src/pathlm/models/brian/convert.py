@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from pathlm.config import build_strict, override
 from pathlm.models.brian.configuration import BrianConfig
+from pathlm.models.brian.entering import MEMORY_FIELDS, check_entry, remembering
 from pathlm.models.brian.modeling import BrianForCausalLM
 
 # Parts of a block that hold the same tensor under another name.
@@ -39,7 +40,7 @@ POOL_FIELDS = (
 )  # fmt: skip
 """Fields that a routed model's weights depend on."""
 ROUTING_FIELDS = (
-    "max_route_steps", "min_route_steps", "route_top_k", "max_repeats", "location_bias", "memory", "left_rows", *POOL_FIELDS[3:],
+    "max_route_steps", "min_route_steps", "route_top_k", "max_repeats", "location_bias", *MEMORY_FIELDS, *POOL_FIELDS[3:],
 )  # fmt: skip
 """Fields that say how a pool is used."""
 SHARED_FIELDS = (
@@ -112,12 +113,24 @@ def wrap(
         raise ValueError(f"{said}: must add up to the {theirs.num_hidden_layers} blocks of the model")
     _check_whole_path(routing.get("max_route_steps", pool_blocks), pool_blocks)
     config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
+    _check_same_function(config)
     if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
         source = _read(source, {}) if theirs.model_type == "llama" else BrianForCausalLM.from_pretrained(source)
     weights = source.state_dict()
     if theirs.model_type == "llama":
         weights = brian_weights(weights, theirs.num_hidden_layers)
     return _with_pool(config, weights, source)
+
+
+def _check_same_function(config: BrianConfig) -> None:
+    """Refuse to wrap a decoder so that it sees less than it did."""
+    limits = {name: getattr(config, name) for name in ("local_window", "attention_window")}
+    limits |= {"memory": "canonical"} if config.memory == "canonical" else {}
+    limits |= {"post_memory": "canonical"} if config.post_memory == "canonical" else {}
+    for name, value in limits.items():
+        if value:
+            rule = "the wrapped model would not be the same; wrap it without, and let training change it (pathlm train --set init=…)"
+            raise ValueError(f"{name}={value!r}: {rule}")
 
 
 def _check_whole_path(longest: Any, blocks: int, *, where: str = "") -> None:
@@ -130,7 +143,8 @@ def _check_whole_path(longest: Any, blocks: int, *, where: str = "") -> None:
 def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
     """Return a model of this configuration with the weights saved in `folder`: of the same architecture, or a decoder to wrap.
 
-    Options that hold no weights may differ: how many route steps there are, how many blocks a step visits, how often one may be repeated.
+    Options that hold no weights may differ: how many route steps there are, how many blocks a step visits, how often one may be repeated,
+    windows. Codes may be new: they then start from what the blocks' own keys and values are made of.
     Raises `ValueError` naming the first field that does not fit.
     """
     kind = _model_type(Path(folder))
@@ -153,6 +167,10 @@ def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
     if pool and not config.router_sees_position and config.max_route_steps != theirs.max_route_steps:
         rule = f"init={str(folder)!r} has {theirs.max_route_steps}, and its router knows each step by its number"
         raise ValueError(f"model.max_route_steps={config.max_route_steps}: {rule}")
+    if isinstance(theirs, BrianConfig):
+        check_entry(theirs, config, where=f"init={str(folder)!r}")
+    if not config.remembers_codes:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("codes.")}
     return _with_pool(config, weights, source)
 
 
@@ -262,7 +280,7 @@ def _with_pool(config: BrianConfig, weights: dict[str, Tensor], origin: Any) -> 
     """Return a model of `config` with these weights; what they lack of a pool is fresh."""
     with torch.device("meta"):
         model = BrianForCausalLM(config)
-    return _filled(model, weights, origin)
+    return _filled(model, remembering(weights, config), origin)
 
 
 def _filled(model: Any, weights: dict[str, Tensor], origin: Any) -> Any:

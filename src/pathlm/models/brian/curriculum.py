@@ -179,6 +179,9 @@ JOINT = (
 )
 """From nothing to a model that leaves early, without a wrap: three in ten tokens leave at random first, so that blocks bear it; then the
 router takes over while the budget falls from the whole route, and the last part is spent at the budget."""
+USED = Gate("validation/memory/code_mass", ">=", 0.01, "codes must be read", "give the stage more steps, or a smaller model.local_window")
+CHEAP = "codes in the place of rows must not cost more than this"
+REMEMBERED = Gate("validation/loss", "<=", 0.03, CHEAP, "give the stage more steps, or larger codes (model.code_dim)", relative=True)
 CURRICULA = {
     "default": (STAGES, (0.35, 0.05, 0.1, 0.15, 0.35)),
     "route": (STAGES, (0.0, 0.08, 0.12, 0.3, 0.5)),
@@ -197,6 +200,9 @@ def curriculum(
 ) -> Curriculum:
     """Return the curriculum `name` for a run of `steps` optimizer steps.
 
+    A model that reads the newest tokens as rows and the others as codes gets two stages more: in `narrowing` the rows' window shrinks from
+    the whole context to `local_window`, or, where that is 0, their weight fades to nothing; in `codes` it stays so.
+
     A plain decoder has `default` alone, also called `plain`. A model with a pool has `default` (stages 0 to 4), `route` (1 to 4, for one
     that was wrapped), `joint` (exits from the start), `fixed` (the original path for ever) and `stage-0` … `stage-4`. `knobs` replace
     values in every stage (`"noise"`), or in one (`"hand-over.noise"`); `stages` the parts of the run that stages get. Raises `ValueError`
@@ -213,11 +219,13 @@ def curriculum(
             raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
         rows: tuple[Stage, ...] = (Stage("plain", steps=None, start=Knobs()),)
     elif name in CURRICULA:
-        every, usual = CURRICULA[name]
+        every, usual = _remembering(*CURRICULA[name], config)
         parts = dict(zip((stage.name for stage in every), usual, strict=True))
         rows = _timed(every, parts | dict(_known_stages(stages or {}, parts)), steps)
     elif name == "fixed":
         rows = (replace(STAGES[0], name="fixed"),)
+    elif name == f"stage-{len(STAGES)}" and config is not None and config.memory == "local+canonical":
+        rows = _timed(_memory_stages(config, LEFT), {"narrowing": 0.6, "codes": 0.4}, steps)
     elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
         rows = (STAGES[known.index(name)],)
     else:
@@ -226,6 +234,32 @@ def curriculum(
     if pool and config is not None:
         _check_fit(found, config)
     return found
+
+
+def _remembering(
+    stages: tuple[Stage, ...], parts: tuple[float, ...], config: BrianConfig | None
+) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
+    """Add the stages in which codes take the place of rows, where a model has both."""
+    if config is None or config.memory != "local+canonical":
+        return stages, parts
+    whole = {"local_window": 0.0, "local_share": 1.0}
+    before = tuple(
+        replace(stage, start=replace(stage.start, **whole), end=None if stage.end is None else replace(stage.end, **whole))
+        for stage in stages
+    )
+    last = stages[-1].end or stages[-1].start
+    return before + _memory_stages(config, last), (*(part * 0.7 for part in parts), 0.18, 0.12)
+
+
+def _memory_stages(config: BrianConfig, knobs: Knobs) -> tuple[Stage, ...]:
+    """Return the stage in which a pool's rows make way for codes, and the one after it."""
+    if config.local_window:
+        start = replace(knobs, local_window=float(config.max_position_embeddings), local_share=1.0)
+        end = replace(start, local_window=float(config.local_window))
+    else:
+        start = replace(knobs, local_window=0.0, local_share=1.0)
+        end = replace(start, local_share=0.0)
+    return Stage("narrowing", None, start, end, gates=(USED, REMEMBERED)), Stage("codes", None, end, gates=(USED,))
 
 
 def _check_fit(found: Curriculum, config: BrianConfig) -> None:

@@ -261,7 +261,7 @@ class BrianCache(Cache):
     def forget(self, segment_BS: Tensor | None) -> None:
         """Forget what no later token will see; documents (B, P) are numbered as in a forward pass."""
         for layer in self.layers:
-            layer.forget(segment_BS)  # type: ignore[attr-defined]
+            layer.forget(segment_BS)  # type: ignore[union-attr]
 
     def bytes(self) -> int:
         """Return how many bytes the remembered keys, values and codes take, without spare room."""

@@ -15,6 +15,7 @@ from pathlm.models.brian.codes import CodeReader, Codes
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
+from pathlm.models.brian.reads import Reads
 from pathlm.models.brian.routing import RoutePool, Router
 from pathlm.models.brian.sight import Sight
 from pathlm.models.brian.table import code_mask
@@ -107,6 +108,10 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         self._check_depths(depths, h_BTD, knobs)
         target_BT = None if labels is None else next_labels(labels, h_BTD.shape[:2])
         journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace, depths)
+        if target_BT is None and not trace and isinstance(logits_to_keep, int) and not self.training and depths is None:
+            journey.keep = logits_to_keep
+        elif target_BT is not None and not self.training and self.codes is not None:
+            journey.reads = Reads(self.config)
         h_BTD = self._run_blocks(h_BTD, journey, position_ids, past_key_values, past)
         h_BTD = self.norm(h_BTD)
 
@@ -200,6 +205,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             if isinstance(block, PoolBlock):
                 if index == first:
                     h_BTD = travel(self, h_BTD, journey, rotary, memory, recompute=recompute)
+                    sight, rotary = journey.sight, journey.rotary
                     layer += config.remembers_rows + config.remembers_codes
                 continue
             if pool and index >= first:
@@ -251,7 +257,7 @@ def _slots(memory: Cache | None, config: BrianConfig, tokens: int) -> Tensor | N
     """Return which tokens the blocks outside the pool will remember after `tokens` more; None where nothing is ever forgotten."""
     if not config.attention_window or not isinstance(memory, BrianCache):
         return None
-    return memory.layers[0 if config.pre_blocks else -1].slots(tokens)  # type: ignore[attr-defined]
+    return memory.layers[0 if config.pre_blocks else -1].slots(tokens)  # type: ignore[union-attr]
 
 
 def from_rows(config: BrianConfig, rows: Any) -> BrianForCausalLM:

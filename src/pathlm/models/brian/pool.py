@@ -257,8 +257,9 @@ class PoolRun:
         return h.index_add(0, tried, slope.to(h.dtype) * (found - some.h))
 
     def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for (k, n, H, C) where there are any, and the
-        hidden states that each group starts from.
+        """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for, and each group's hidden states.
+
+        What is asked is (k, n, H, C); None where no codes are read.
         """
         h_in = groups.split(state.h)
         p_in = groups.split(state.p) if len(self.pool.adapters) else [None] * len(h_in)

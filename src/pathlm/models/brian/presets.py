@@ -58,19 +58,37 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
     """
     heads, groups, width, pool = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.pool_blocks
     assert groups is not None and width is not None
-    projections = config.hidden_size * (2 * heads + 2 * groups) * width + 3 * config.hidden_size * config.intermediate_size
-    attention = 2 * heads * width * (length + 1) / 2
+    mlp, whole = 3 * config.hidden_size * config.intermediate_size, (length + 1) / 2
+    own = config.hidden_size * (2 * heads + 2 * groups) * width + 2 * heads * width * _seen(config.attention_window, whole) + mlp
+    # A reader of codes makes queries only; it asks in the codes' space and translates what it reads.
+    code, mixed = config.code_width, config.memory == "local+canonical"
+    far = _seen(config.code_window, whole)
+    asking = 2 * heads * code * width * (1 + (config.code_delta_rank > 0) * config.code_delta_rank / width)
+    reader = config.hidden_size * 2 * heads * width + mlp + asking + heads * (2 * code + width) * far
+    posts = config.post_blocks * (reader if config.post_memory == "canonical" else own)
     step: float = 0
     if pool:
         seen, hidden = config.block_position_dim, config.router_hidden
         router = (config.hidden_size + seen) * (hidden or pool + 1) + hidden * (pool + 1)
-        step = config.route_top_k * (projections + attention + seen * config.hidden_size * config.blocks_see_position) + router
-    ordinary = (config.pre_blocks + config.post_blocks) * (projections + attention)
-    return 2 * (ordinary + config.max_route_steps * step + config.hidden_size * config.vocab_size)
+        visit = reader if config.memory == "canonical" else own
+        if mixed and config.local_window:
+            visit = own + asking + heads * (2 * code + width) * max(far - config.local_window, 0)
+        step = config.route_top_k * (visit + seen * config.hidden_size * config.blocks_see_position) + router
+    return 2 * (config.pre_blocks * own + posts + config.max_route_steps * step + config.hidden_size * config.vocab_size)
+
+
+def _seen(window: int, whole: float) -> float:
+    return min(window, whole) if window else whole
 
 
 def cache_numbers_per_token(config: BrianConfig) -> int:
-    """Return how many numbers the memory keeps for each token: keys and values per ordinary block, and per route step of the pool."""
+    """Return how many numbers the memory keeps for each token of a long text.
+
+    Keys and values per block outside the pool, per route step of the pool's rows, and a code; nothing where a window lets old tokens go.
+    """
     assert config.num_key_value_heads is not None and config.head_dim is not None
-    layers = config.pre_blocks + config.max_route_steps + config.post_blocks
-    return 2 * layers * config.num_key_value_heads * config.head_dim
+    tables = 0 if config.attention_window else config.pre_blocks + (config.post_blocks if config.post_memory == "own" else 0)
+    if config.remembers_rows and not config.local_window:
+        tables += config.max_route_steps
+    codes = config.code_width + config.head_dim if config.remembers_codes and not config.code_window else 0
+    return 2 * tables * config.num_key_value_heads * config.head_dim + codes

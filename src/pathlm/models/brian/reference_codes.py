@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pathlm.models.brian.codes import Codes
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.reference import Heads, finish, linear, normalise, turn, visible
 from pathlm.models.layers import Block
@@ -35,7 +36,7 @@ class Seen:
 
 def write(model: BrianForCausalLM, h_D: Tensor, position: int) -> Code:
     """Return what is remembered of a token that enters the pool."""
-    codes = model.codes
+    codes = _codes(model)
     code_C = normalise(h_D, codes.norm.weight, model.config.rms_norm_eps)
     if codes.down is not None:
         code_C = linear(codes.down, code_C)
@@ -105,10 +106,15 @@ def post(model: BrianForCausalLM, hidden: list[Tensor], codes: list[Code], docum
 
 def _adapters(model: BrianForCausalLM, reader: int, head: int, group: int) -> tuple[Tensor, Tensor]:
     """Return the matrices (K, C) that make a head's key and value of a code."""
-    codes = model.codes
+    codes = _codes(model)
     number = 0 if model.config.code_adapter == "shared" else reader
     key_KC, value_KC = codes.key[number, group], codes.value[number, group]
     if model.config.code_delta_rank:
         key_KC = key_KC + codes.key_wide[reader, head] @ codes.key_narrow[reader, head]
         value_KC = value_KC + codes.value_wide[reader, head] @ codes.value_narrow[reader, head]
     return key_KC, value_KC
+
+
+def _codes(model: BrianForCausalLM) -> Codes:
+    assert model.codes is not None
+    return model.codes

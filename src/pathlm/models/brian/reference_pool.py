@@ -83,7 +83,7 @@ def read(
     """
     config = model.config
     documents = document_ids or [0] * len(input_ids)
-    window, local_share = model.codes.reach if config.remembers_codes else (0, 1.0)
+    window, local_share = (0, 1.0) if model.codes is None else model.codes.reach
     first_post = config.pre_blocks + config.pool_blocks
     hidden = ordinary(model, model.blocks[: config.pre_blocks], [model.embed_tokens.weight[token] for token in input_ids], documents)
     table = _pool(model).position if config.block_position != "none" else None

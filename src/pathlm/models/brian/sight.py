@@ -35,6 +35,15 @@ class Sight:
             return torch.arange(self.past, self.past + self.tokens, device=self.device)[None]
         return self.mask[:, 0].sum(-1) - 1
 
+    def last(self, tokens: int) -> Sight:
+        """Return what the last `tokens` of these see."""
+        if tokens >= self.tokens:
+            return self
+        past = self.past + self.tokens - tokens
+        if self.mask is None:
+            return Sight.of(tokens, past, None, self.device)
+        return Sight(tokens, past, self.device, self.mask[:, :, -tokens:])
+
     def within(self, window: int, sinks: int = 0, slots: Tensor | None = None) -> Tensor | None:
         """Return which tokens (B, 1, T, C) are seen in a window over the newest and over the first ones; a window of 0 is over all.
 

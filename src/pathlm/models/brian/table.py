@@ -10,6 +10,7 @@ from torch import Tensor
 from pathlm.models.brian.codes import CodeRows, Codes, joined_rows, read_codes
 from pathlm.models.brian.grouping import Pick, spread
 from pathlm.models.brian.memory import PoolMemory
+from pathlm.models.brian.reads import Reads
 from pathlm.models.brian.sight import Sight
 from pathlm.models.layers import attend
 
@@ -27,6 +28,8 @@ class Surroundings:
     codes: Codes | None = None
     """What reads codes, where the pool does"""
     code_rows: CodeRows | None = None
+    reads: Reads | None = None
+    """What counts how much is read of codes"""
     recompute: bool = False
     """Compute the inside of blocks again in the backward pass."""
 
@@ -131,6 +134,9 @@ class Table:
         return place % self.tokens + self.around.memory.held - self.tokens
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if self.around.reads is not None and self.codes is not None:
+            assert self.around.code_rows is not None
+            self.around.reads.count(query, keys, mask, codes=self.around.code_rows.rows_B1SW.shape[2])
         return read_codes(query, keys, mask) if self._local is None else attend(query, keys, values, mask)
 
     def _read_rows(self, query_nHX: Tensor, keys: Tensor, values: Tensor, rows: list[int]) -> Tensor:

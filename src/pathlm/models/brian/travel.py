@@ -14,6 +14,7 @@ from pathlm.models.brian.codes import CodeRows
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import CodeMemory, PoolMemory
 from pathlm.models.brian.pool import Plan, PoolRun, Records
+from pathlm.models.brian.reads import Reads
 from pathlm.models.brian.sight import Sight
 from pathlm.models.brian.steering import TAUGHT, note_difficulty, steer
 from pathlm.models.brian.table import Surroundings
@@ -42,6 +43,10 @@ class Journey:
     sight: Sight | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     code_rows: CodeRows | None = None
+    keep: int = 0
+    """How many last tokens the caller asks for; 0 is all. The others need not pass the pool where nothing later reads what they do there"""
+    reads: Reads | None = None
+    """Where it is asked for, what was read of codes"""
 
     @property
     def threshold(self) -> Tensor:
@@ -69,6 +74,8 @@ class Journey:
         ordinary = model.config.pre_blocks + model.config.post_blocks
         metrics: dict[str, Tensor] = {"route/block_evaluations": loss_N.new_tensor(ordinary + self.records.evaluations / len(loss_N))}
         total = loss_N.new_zeros(())
+        if self.reads is not None:
+            metrics |= self.reads.metrics()
         if plan.other_share:
             metrics["route/other_evaluations"] = loss_N.new_tensor(self.records.other_evaluations / len(loss_N))
         if self.records.steps:
@@ -126,10 +133,13 @@ def travel(
     recompute: bool,
 ) -> Tensor:
     """Send the tokens through the pool and return their hidden states (B, T, D); the journey keeps what happened."""
-    pool, knobs, sight = model.pool, journey.knobs, journey.sight
-    assert sight is not None
+    pool, knobs = model.pool, journey.knobs
     rows, code_memory = _layers(model.config, memory)
     reads_codes = _remember(model, h_BTD, journey, rotary, code_memory)
+    if journey.keep and model.config.memory == model.config.post_memory == "canonical":
+        h_BTD, rotary = _last(journey, h_BTD, rotary)
+    sight = journey.sight
+    assert sight is not None
     if not reads_codes and suits(model, h_BTD, journey):
         h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, sight.mask, rows, journey.budget)
         return h_BTD
@@ -139,7 +149,7 @@ def travel(
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
-    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, recompute)
+    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
     run = PoolRun(pool, model.pool_blocks, around, journey.plan)
     h_BTD, p_BTP = run.run(h_BTD)
     journey.records = run.records
@@ -170,6 +180,14 @@ def _remember(model: Any, h_BTD: Tensor, journey: Journey, rotary: tuple[Tensor,
         rows = codes.write(h_BTD, rotary)
         journey.code_rows = CodeRows(rows) if memory is None else CodeRows(memory.add(rows), memory.slots(0))
     return in_pool
+
+
+def _last(journey: Journey, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Let only the last tokens go on, now that all have left their codes: nothing else of the others is read from here on."""
+    assert journey.sight is not None
+    journey.sight, (cos, sin) = journey.sight.last(journey.keep), rotary
+    journey.rotary = cos[:, -journey.keep :], sin[:, -journey.keep :]
+    return h_BTD[:, -journey.keep :], journey.rotary
 
 
 def _routed(knobs: Knobs | None) -> bool:

@@ -1,0 +1,210 @@
+"""Entering canonical memory changes nothing, what it keeps is small, and what is read of it is counted rightly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import LENGTH, Case, ids
+from checks import counting
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from pathlm.models.brian.convert import start_from, wrap
+from pathlm.models.brian.curriculum import curriculum
+from pathlm.models.brian.memory import BrianCache
+
+ROUTE = {"pool_blocks": 3, "max_route_steps": 4, "block_position_dim": 6}
+CODES = (
+    {"code_dim": 6},
+    {"code_dim": 0, "code_adapter": "block"},
+    {"code_adapter": "block", "code_delta_rank": 2, "num_key_value_heads": 2},
+)
+
+
+def built(**options: Any) -> Any:
+    return Case("", "brian", ROUTE | options).build()
+
+
+def changed(config: Any, **options: Any) -> Any:
+    config = copy.deepcopy(config)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_entering_changes_no_logit_and_leaves_rows_without_a_jump(codes: dict[str, Any], tmp_path: Path) -> None:
+    groups = {name: codes[name] for name in codes if name.startswith("num")}
+    model, codes = built(**groups), codes | {"memory": "local+canonical"}
+    model.save_pretrained(tmp_path / "rows")
+    entered = start_from(tmp_path / "rows", changed(model.config, **codes)).eval()
+    tokens = ids(2)
+    assert torch.equal(entered(tokens).logits, model(tokens).logits)
+    entered.codes.set_reach(None, 0.0)
+    entered.save_pretrained(tmp_path / "faded")
+    left = start_from(tmp_path / "faded", changed(entered.config, memory="canonical")).eval()
+    torch.testing.assert_close(left(tokens).logits, entered(tokens).logits, rtol=0, atol=1e-12)
+    assert sum(p.numel() for p in left.parameters()) < sum(p.numel() for p in entered.parameters())
+
+
+@torch.no_grad()
+def test_codes_begin_as_what_the_blocks_would_make_of_the_state_that_enters(tmp_path: Path) -> None:
+    """With codes of all numbers, a value that is read is the block's own value of that state."""
+    model = built(block_position_to="router")
+    model.save_pretrained(tmp_path)
+    codes = start_from(tmp_path, changed(model.config, memory="canonical", code_adapter="block", code_dim=32)).codes
+    h_nD = torch.randn(5, 32, dtype=torch.float64)
+    code_nC = codes.down(codes.norm(h_nD))
+    for number, block in enumerate(model.pool_blocks):
+        value_nGK = block.remember(h_nD)[:, block.groups :]
+        torch.testing.assert_close(codes.answer(number, code_nC[:, None].expand(-1, block.heads, -1)), value_nGK, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"memory": "canonical"}, {"memory": "local"}, "model.memory='local'.*no keys and values"),
+        ({"memory": "canonical"}, {"code_dim": 7}, "model.code_dim=7.*has None"),
+        ({"memory": "local+canonical"}, {"code_adapter": "block"}, "model.code_adapter='block'.*has 'shared'"),
+    ],
+)
+def test_weights_that_do_not_fit_a_memory_are_refused(first: dict[str, Any], then: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = built(**first)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        start_from(tmp_path, changed(model.config, **then))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "global"}, "memory='global'"),
+        ({"local_window": 3}, "local_window=3.*local\\+canonical"),
+        ({"code_dim": 4}, "code_dim=4.*there are no codes"),
+        ({"memory": "canonical", "code_sinks": 2}, "code_sinks=2.*code_window"),
+        ({"memory": "canonical", "left_rows": "refreshed"}, "left_rows='refreshed'.*rows"),
+        ({"memory": "canonical", "code_window": -1}, "code_window=-1"),
+        ({"memory": "canonical", "pool_blocks": 0, "max_route_steps": 0}, "memory='canonical'.*no pool"),
+        ({"post_memory": "canonical"}, "post_memory='canonical'.*no codes"),
+        ({"attention_sinks": 1}, "attention_sinks=1.*attention_window"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        Case("", "brian", ROUTE | options).config()
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": "canonical"}, {"attention_window": 4}, {"memory": "local+canonical", "local_window": 2}], ids=str
+)
+def test_a_decoder_is_not_wrapped_into_one_that_sees_less(options: dict[str, Any]) -> None:
+    plain = Case("", "brian").build()
+    with pytest.raises(ValueError, match="would not be the same"):
+        wrap(plain, pre_blocks=1, pool_blocks=1, post_blocks=1, **options)
+    wrapped = wrap(plain, pre_blocks=1, pool_blocks=1, post_blocks=1, memory="local+canonical", code_dim=4)
+    assert torch.equal(wrapped(ids(2)).logits, plain(ids(2)).logits)
+
+
+@torch.no_grad()
+def test_a_prefill_sends_only_the_tokens_that_are_asked_for_through_the_pool() -> None:
+    model = built(memory="canonical", post_memory="canonical")
+    tokens, pre = ids(3), model.config.pre_blocks
+    whole = model(tokens).logits
+    for keep in (1, 3):
+        with counting(model) as counts:
+            some = model(tokens, logits_to_keep=keep, use_cache=True)
+        torch.testing.assert_close(some.logits, whole[:, -keep:], rtol=0, atol=1e-12)
+        assert counts[:pre] == [3 * LENGTH] * pre and counts[-1] == 3 * keep
+        assert 3 * keep <= sum(counts[pre:-1]) <= 3 * keep * model.config.max_route_steps
+        later = model(tokens[:, :2], past_key_values=some.past_key_values).logits
+        torch.testing.assert_close(later, model(torch.cat((tokens, tokens[:, :2]), 1)).logits[:, -2:], rtol=0, atol=1e-12)
+
+
+def bytes_per_token(**options: Any) -> float:
+    """Of the pool alone, from what is allocated for 40 tokens more."""
+    model, sizes = built(pre_blocks=0, post_blocks=0, **options), []
+    for length in (20, 60):
+        with torch.no_grad():
+            sizes.append(model(ids(1, length), use_cache=True).past_key_values.bytes())
+    return (sizes[1] - sizes[0]) / 40
+
+
+def test_what_a_pool_keeps_of_a_token_depends_on_neither_steps_nor_blocks() -> None:
+    code = 8 * (6 + 8)  # float64: six numbers, and a key of eight
+    for steps, blocks in ((2, 2), (6, 2), (6, 5)):
+        shape = {"max_route_steps": steps, "pool_blocks": blocks, "code_dim": 6, "code_adapter": "block"}
+        assert bytes_per_token(memory="canonical", **shape) == code
+        assert bytes_per_token(memory="local", max_route_steps=steps, pool_blocks=blocks) == 8 * 2 * 32 * steps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["canonical", "local+canonical"])
+def test_with_windows_a_stream_takes_no_more_memory_than_its_beginning(memory: str) -> None:
+    near = {"local_window": 4} if memory == "local+canonical" else {}
+    model = built(memory=memory, code_window=8, code_sinks=2, attention_window=8, attention_sinks=1, **near)
+    past, largest = None, []
+    for chunk in ids(1, 1_200).split(30, dim=1):
+        past = model(chunk, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+        assert isinstance(past, BrianCache)
+        largest.append(max(layer.capacity for layer in past.layers))  # type: ignore[union-attr]
+    assert past.get_seq_length() == 1_200
+    assert max(largest) == max(largest[:12]) < 400
+
+
+def test_what_was_forgotten_cannot_be_taken_back() -> None:
+    model = built(memory="canonical", code_window=4, attention_window=4)
+    with torch.no_grad():
+        past = model(ids(1, 400), use_cache=True).past_key_values
+        past = model(ids(1, 1), past_key_values=past).past_key_values
+    past.crop(-20)
+    assert past.get_seq_length() == 381
+    with pytest.raises(ValueError, match=r"tokens_to_remove=-200: a window of 4 has forgotten"):
+        past.crop(-200)
+
+
+@torch.no_grad()
+def test_what_is_read_of_codes_is_counted() -> None:
+    """Where queries are next to nothing, every token and code that is seen is read alike."""
+    window = 3
+    model = built(memory="local+canonical", local_window=window, max_route_steps=3, min_route_steps=3)
+    for block in model.pool_blocks:
+        block.qkv_proj.weight[:32] *= 1e-9
+    found = model(ids(1), labels=ids(1)).metrics
+    seen = [(max(t + 1 - window, 0), min(t + 1, window)) for t in range(LENGTH)]
+    mass = sum(codes / (codes + rows) for codes, rows in seen) / LENGTH
+    first = sum((codes > 0) / (codes + rows) for codes, rows in seen) / LENGTH
+    assert found["memory/code_mass"].item() == pytest.approx(mass, abs=1e-6)
+    assert found["memory/local_ratio"].item() == pytest.approx((1 - mass) / mass, abs=1e-5)
+    assert found["memory/sink_share"].item() == pytest.approx(first / mass, abs=1e-6)
+    assert found["memory/utilisation"].item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("window", "start", "end"), [(3, (64.0, 1.0), (3.0, 1.0)), (0, (0.0, 1.0), (0.0, 0.0))])
+def test_a_curriculum_narrows_the_window_or_lets_rows_fade(window: int, start: tuple[float, float], end: tuple[float, float]) -> None:
+    config = Case("", "brian", ROUTE | {"memory": "local+canonical", "local_window": window}).config()
+    for name in ("default", "joint", "route"):
+        found = curriculum(name, 1_000, config=config)
+        assert [stage.name for stage in found.stages][-2:] == ["narrowing", "codes"]
+        assert all((stage.start.local_window, stage.start.local_share) == (0.0, 1.0) for stage in found.stages[:-2])
+        reach = [(knobs.local_window, knobs.local_share) for knobs in (found.stages[-2].knobs(0), found.at(999)[1])]
+        assert reach == [start, end]
+    assert [stage.name for stage in curriculum("stage-5", 100, config=config).stages] == ["narrowing", "codes"]
+    alone = Case("", "brian", ROUTE | {"memory": "canonical"}).config()
+    assert "codes" not in [stage.name for stage in curriculum("default", 1_000, config=alone).stages]
+
+
+def test_a_model_is_used_with_the_window_it_was_trained_with_last(tmp_path: Path) -> None:
+    model = built(memory="local+canonical", local_window=2)
+    narrow = model(ids(2)).logits
+    model.train()
+    knobs = curriculum("stage-5", 10, config=model.config).at(0)[1]
+    model(ids(2), labels=ids(2), knobs=knobs)
+    model.eval().save_pretrained(tmp_path)
+    assert model.codes.reach == (64, 1.0)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(ids(2)).logits, model(ids(2)).logits)
+    assert not torch.allclose(model(ids(2)).logits, narrow)
