@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3.")]
 Budget = Annotated[float | None, typer.Option(help="Share of its route steps that a routed model may take on average.")]
+Branches = Annotated[int | None, typer.Option(help="Ways through the pool that a token may take at once.")]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Leave the weights of a signal graph on disk; read those of each step.")]
 Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; by default a GPU where there is one.")]
 
@@ -130,10 +131,11 @@ def eval_(
     budgets: Annotated[str | None, typer.Option(metavar="B,B,…", help="With --routes: budgets of the curve, e.g. 0.4,0.7,1.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="With --routes: draw loss and computation by budget.")] = None,
     budget: Budget = None,
+    branches: Branches = None,
     device: Device = None,
 ) -> None:
     """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or on lm-eval tasks."""
-    _check_eval(routes, tasks, {"--against": against, "--budgets": budgets, "--plot": plot}, {"--records": records})
+    _check_eval(routes, tasks, {"--against": against, "--budgets": budgets, "--plot": plot}, {"--records": records, "--branches": branches})
     if routes:
         from pathlm.evaluate import routing
 
@@ -145,13 +147,13 @@ def eval_(
     if tasks:
         from pathlm.evaluate import harness
 
-        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, budget=budget, device=device, console=Console())
+        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, budget=budget, branches=branches, device=device, console=Console())
         return
     from pathlm.evaluate import run
 
     run(
         model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
-        order=order, records=records, budget=budget, device=device, console=Console(),
+        order=order, records=records, budget=budget, branches=branches, device=device, console=Console(),
     )  # fmt: skip
 
 
@@ -171,6 +173,7 @@ def generate(
     batch: Annotated[int, typer.Option(help="Prompts continued at once.")] = 8,
     stop_at_end: Annotated[bool, typer.Option(help="Stop where the model ends its text.")] = True,
     budget: Budget = None,
+    branches: Branches = None,
     mmap: Mmap = False,
     device: Device = None,
 ) -> None:
@@ -179,7 +182,7 @@ def generate(
 
     run(
         folder, read_prompts(prompts or (), files or (), whole=whole), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, mmap=mmap, device=device, console=Console(),
+        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, branches=branches, mmap=mmap, device=device, console=Console(),
     )  # fmt: skip
 
 
@@ -190,6 +193,7 @@ def trace(
     files: Annotated[list[Path] | None, typer.Option("--file", help="File with a text per line; - is standard input.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Take each file as one text.")] = False,
     budget: Budget = None,
+    branches: Branches = None,
     out: Annotated[Path | None, typer.Option(help="Write the paths to this file, too, as JSON lines.")] = None,
     mmap: Mmap = False,
     device: Device = None,
@@ -199,7 +203,7 @@ def trace(
     from pathlm.trace import run
 
     given = read_prompts(texts or (), files or (), whole=whole)
-    run(folder, given, budget=budget, out=out, device=device, mmap=mmap, console=Console())
+    run(folder, given, budget=budget, branches=branches, out=out, device=device, mmap=mmap, console=Console())
 
 
 @app.command("presets")

@@ -204,6 +204,28 @@ ROUTED = (
     Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
 )
 
+
+def branched(name: str, branches: int, *, share: float = 1.0, budget: float | None = None, **options: Any) -> Case:
+    """A case whose tokens take several ways at once."""
+    usual = {"pool_blocks": 4, "max_route_steps": 4, "block_position_dim": 6, "pre_blocks": 1, "route_beams": branches}
+    return Case(f"{branches} branches{name}", "brian", usual | options, {} if budget is None else {"budget": budget}, share)
+
+
+MIXED = {"memory": "local+canonical", "code_dim": 6, "code_adapter": "block"}
+BRANCHED = (
+    branched("", 2),
+    branched(", the winner leaves", 4, beam_expansion=3, beam_merge="winner", beam_decay=0.9),
+    branched(" leave together, rows refreshed", 2, beam_exit="any", left_rows="refreshed"),
+    branched(" leave with the first, grouped", 4, beam_exit="first", num_key_value_heads=2),
+    branched(", refreshed, few are kept", 4, left_rows="refreshed", beam_margin=1.0),
+    branched(" over codes", 2, memory="canonical", post_memory="canonical"),
+    branched(" over newest codes", 4, memory="canonical", code_window=4, min_route_steps=2),
+    branched(" over rows and codes", 2, local_window=3, beam_cost=0.2, **MIXED),
+    branched(" over fading rows", 4, share=0.4, max_repeats=1, **MIXED),
+    branched(", budget 0.5, a window", 4, budget=0.5, block_position="none", attention_window=4),
+)
+"""Parallel ways through the pool."""
+
 PLAIN = (
     Case("plain", "brian"),
     Case("one block", "brian", {"pre_blocks": 1, "post_blocks": 0}),
@@ -243,7 +265,7 @@ GRAPHS = (
 )
 RELEASED = Case("released", "brillm", {"arithmetic": "released", "positions": "multiplied"})
 """Exempt from "stepwise = full", and from nothing else: the released code decodes with another position than it trains with."""
-CASES = PLAIN + ROUTED + FRESH + GRAPHS
+CASES = PLAIN + ROUTED + BRANCHED + FRESH + GRAPHS
 
 
 def ids(rows: int, tokens: int = LENGTH, *, seed: int = 1) -> Tensor:

@@ -109,7 +109,7 @@ def rows_are_written_together_as_they_are_read(model: Any) -> None:
                     out = model(tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=memory, use_cache=True)
                 memory, present = out.past_key_values, mask[:, start:stop].bool()
                 equal(out.logits[present], whole.logits[:, start:stop][present])
-                if present.all():
+                if present.all() and getattr(model.config, "route_beams", 1) == 1:  # a trace tells of the best branches only
                     expected = [int((visits_BTS[:, start:stop] == 1 + number).sum()) for number in range(len(counts))]
                     assert counts == expected, f"visits of each block {counts}, with a trace {expected}"
                 start = stop

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, FACTORS, FRESH, GRAPHS, PLAIN, ROUTED, Case, covering, ids, pairs, possible
+from cases import BRANCHED, CASES, FACTORS, FRESH, GRAPHS, PLAIN, ROUTED, Case, covering, ids, pairs, possible
 from checks import routes
 
 
@@ -14,7 +14,7 @@ def test_every_two_options_that_may_meet_do() -> None:
     met = {frozenset(pair) for row in covering() for pair in ((a, b) for a in row.items() for b in row.items() if a[0] < b[0])}
     assert set(pairs()) <= met
     assert len(met) > 300 and all(possible(row) and row.keys() == FACTORS.keys() for row in covering())
-    assert len({str(case) for case in CASES}) == len(CASES) == len(PLAIN) + len(ROUTED) + len(FRESH) + len(GRAPHS)
+    assert len({str(case) for case in CASES}) == len(CASES) == sum(map(len, (PLAIN, ROUTED, BRANCHED, FRESH, GRAPHS)))
 
 
 @torch.no_grad()

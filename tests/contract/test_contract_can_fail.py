@@ -9,11 +9,12 @@ from typing import Any
 import checks
 import pytest
 import torch
-from cases import CASES, GRAPHS, ROUTED
+from cases import BRANCHED, CASES, GRAPHS, ROUTED
 from checks import CHECKS, saved_and_loaded_it_is_the_same
 from torch import Tensor
 
 from pathlm.models.brian import memory, pool, walk
+from pathlm.models.brian.beam import BeamRun
 from pathlm.models.brian.codes import Codes
 from pathlm.models.brian.memory import BlockMemory, CodeMemory, NewestRows, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
@@ -300,6 +301,44 @@ def test_a_broken_memory_fails_the_check_that_guards_against_it(
 ) -> None:
     options = {"memory": "local+canonical", "local_window": 3, "code_window": 6, "code_sinks": 1, "attention_window": 4}
     model, sound = replace(ROUTED[0], options=ROUTED[0].options | options).build(), getattr(owner, name)
+    getattr(checks, check)(model)
+    monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(model)
+
+
+# Faults of parallel ways, likewise.
+
+
+def compared(self: Any, score_mM: Tensor, gain_m: Tensor, *given: Any, sound: Any) -> Any:
+    """What an action is worth depends on what it is worth to others."""
+    return sound(self, score_mM + gain_m.mean(), gain_m - gain_m.mean(), *given)
+
+
+def second_best(self: Any, state: Any, step: int, sound: Any) -> None:
+    """While tokens are read one by one, later ones see the row of another branch."""
+    sound(self, replace(state, rows=state.rows.flip(1)) if self.tokens == 1 else state, step)
+
+
+def unwritten(self: Any, state: Any, step: int, sound: Any) -> None:
+    """Steps that no branch takes now write no rows for those who take them later."""
+
+
+BRANCH_FAULTS = (
+    (BeamRun, "_options", compared, "the_past_cannot_see_the_future"),
+    (BeamRun, "_options", compared, "neighbours_and_their_order_change_nothing"),
+    (BeamRun, "_share", second_best, "decoding_in_any_chunks_is_one_forward_pass"),
+    (BeamRun, "_share", second_best, "generation_with_and_without_memory_agrees"),
+    (BeamRun, "_settle", unwritten, "one_row_is_decoded_as_many_are"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "check"), BRANCH_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_broken_branches_fail_the_check_that_guards_against_them(
+    owner: Any, name: str, fault: Any, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = next(case for case in BRANCHED if case.options.get("beam_exit") == "any")
+    model, sound = (together if fault is unwritten else BRANCHED[0]).build(), getattr(owner, name)
     getattr(checks, check)(model)
     monkeypatch.setattr(owner, name, lambda *given, **named: fault(*given, sound=sound, **named))
     with pytest.raises(AssertionError):

@@ -208,3 +208,15 @@ def test_a_model_is_used_with_the_window_it_was_trained_with_last(tmp_path: Path
     again = type(model).from_pretrained(tmp_path)
     assert torch.equal(again(ids(2)).logits, model(ids(2)).logits)
     assert not torch.allclose(model(ids(2)).logits, narrow)
+
+
+def test_branches_come_last_in_a_curriculum_and_only_there() -> None:
+    both = ROUTE | {"memory": "local+canonical", "local_window": 3, "route_beams": 4}
+    stages = curriculum("default", 1_000, config=Case("", "brian", both).config()).stages
+    assert [stage.name for stage in stages][-3:] == ["narrowing", "codes", "parallel"]
+    assert [stage.start.route_beams for stage in stages] == [1] * (len(stages) - 1) + [4]
+    assert stages[-1].start.local_window == 3 and stages[-1].start.probe_share == 0
+    alone = curriculum("stage-6", 10, config=Case("", "brian", both).config())
+    assert [stage.name for stage in alone.stages] == ["parallel"]
+    with pytest.raises(ValueError, match="curriculum='stage-6'"):
+        curriculum("stage-6", 10, config=Case("", "brian", ROUTE).config())

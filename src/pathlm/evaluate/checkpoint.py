@@ -45,12 +45,15 @@ def run_record(folder: Path | str) -> dict[str, Any]:
     return {}
 
 
-def open_model(folder: Path | str, *, device: str | None = None, budget: float | None = None, mmap: bool = False) -> tuple[Any, Any]:
+def open_model(
+    folder: Path | str, *, device: str | None = None, budget: float | None = None, branches: int | None = None, mmap: bool = False
+) -> tuple[Any, Any]:
     """Load the model and the tokenizer (None where there is none) of a run, a checkpoint or any Hugging Face folder, for evaluation.
 
-    With a `budget` every forward pass is told of it (see `check_budget`). With `mmap` the weights of a signal graph stay on disk, and
-    `device` can only be the CPU. Raises `ValueError` for a folder without a model, damaged
-    weights, a `device` that is not here, and a budget that the model was not trained for.
+    With a `budget` every forward pass is told of it (see `check_budget`). `branches` replaces the number of ways that a token may take at
+    once through a pool. With `mmap` the weights of a signal graph stay on disk, and `device` can only be the CPU. Raises `ValueError` for a
+    folder without a model, damaged weights, a `device` that is not here, a budget that the model was not trained for, and branches that it
+    cannot have.
     """
     from transformers import AutoTokenizer
 
@@ -67,6 +70,10 @@ def open_model(folder: Path | str, *, device: str | None = None, budget: float |
     except SafetensorError as error:
         raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
     model = model.to(where).eval()
+    if branches is not None:
+        if not hasattr(model, "set_branches"):
+            raise ValueError(f"branches={branches}: a {type(model).__name__} has no pool to branch in")
+        model.set_branches(branches)
     if options := check_budget(model, budget):
         model.register_forward_pre_hook(lambda _, arguments, given: (arguments, options | given), with_kwargs=True)
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

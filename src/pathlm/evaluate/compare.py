@@ -43,6 +43,7 @@ def run(
     order: int = 5,
     records: Path | str | None = None,
     budget: float | None = None,
+    branches: int | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -59,11 +60,12 @@ def run(
         order: Highest n-gram order.
         records: File for the loss of every token, see `evaluate.records`.
         budget: Share of its route steps that a routed model may take on average.
+        branches: Ways that a token may take at once through a pool, instead of the model's own number.
         device: Where the model runs; by default a GPU where there is one.
         console: Where progress and the table appear; nothing is printed without one.
 
     Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name, behind it
-    the budget where there is one. For a model with a pool `routes` tells what it computed: route steps, blocks run, and their shares.
+    the budget and the branches where they are given. For a model with a pool `routes` tells what it computed: route steps, blocks run, and their shares.
 
     Raises `ValueError` for options out of range, for a folder without a model, a missing corpus, a tokenizer other than the corpus's, and
     a budget that the model was not trained for.
@@ -76,7 +78,7 @@ def run(
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
     if order < 0:
         raise ValueError(f"order={order}: must be at least 1, or 0 for no n-grams")
-    model, tokenizer = open_model(place, device=device, budget=budget)
+    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
     check_vocabulary(model, tokenizer, data, place)
     if context is None and trained_on.get("length"):
         context = min(trained_on["length"], getattr(model.config, "max_position_embeddings", None) or trained_on["length"])
@@ -86,6 +88,7 @@ def run(
         "split": split,
         "checkpoint": str(place),
         "budget": budget,
+        "branches": branches,
         "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "ngrams": _ngrams(data, split, chosen, order=order, console=console),
@@ -94,9 +97,10 @@ def run(
     with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
         mine, routes = _measured(model, data, split, budget=budget, records=records, progress=advance, **options)
     result |= {"model": mine.to_dict(), "routes": routes}
-    file = note_result(run_folder(model_folder) / "eval.json", split if budget is None else f"{split}, budget {budget:g}", result)
+    asked = ("" if budget is None else f", budget {budget:g}") + ("" if branches is None else f", {branches} branches")
+    file = note_result(run_folder(model_folder) / "eval.json", split + asked, result)
     if console is not None:
-        console.print(table(result, name=_name(model_folder, place) + ("" if budget is None else f", budget {budget:g}")))
+        console.print(table(result, name=_name(model_folder, place) + asked))
         if routes is not None:
             console.print(computed(routes), highlight=False, soft_wrap=True)
         console.print(

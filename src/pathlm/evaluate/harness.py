@@ -124,6 +124,7 @@ def run(
     batch_size: int = 16,
     include_path: Path | str | None = None,
     budget: float | None = None,
+    branches: int | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -131,14 +132,14 @@ def run(
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network. `budget` is the share of its route steps that a routed model may take. Raises `FileNotFoundError` for a file that does not
+    network. `budget` is the share of its route steps that a routed model may take, `branches` the ways a token may take at once. Raises `FileNotFoundError` for a file that does not
     exist and `ValueError` for a folder without a model or a tokenizer, and for a budget that the model was not trained for.
     """
     for task in tasks:
         if _is_file(task):
             read_questions(str(task))
     place = find_checkpoint(model_folder)
-    model, tokenizer = open_model(place, device=device, budget=budget)
+    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
     if tokenizer is None:
         raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
     adapted = HarnessModel(model, tokenizer, batch_size=batch_size, name=str(model_folder))

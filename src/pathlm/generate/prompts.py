@@ -46,6 +46,7 @@ def run(
     batch: int = 8,
     stop_at_end: bool = True,
     budget: float | None = None,
+    branches: int | None = None,
     mmap: bool = False,
     device: str | None = None,
     console: Console | None = None,
@@ -53,12 +54,13 @@ def run(
     """Continue texts with the model of a run, checkpoint or Hugging Face folder; return the continuations, in order.
 
     With a console, text appears on it as it is written: the prompt, then its continuation. Of several prompts each is labelled with its
-    number; they run together but are shown one after the other. `budget` is the share of its route steps that a routed model may take.
+    number; they run together but are shown one after the other. `budget` is the share of its route steps that a routed model may take,
+    `branches` the number of ways a token may take at once.
     `mmap` leaves the weights of a signal graph on disk.
     """
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # refuse bad values before the model is loaded
     check_share(budget)
-    model, tokenizer = open_model(folder, device=device, mmap=mmap)
+    model, tokenizer = open_model(folder, device=device, branches=branches, mmap=mmap)
     if tokenizer is None:
         raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
     pieces = stream(

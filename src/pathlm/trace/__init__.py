@@ -24,6 +24,7 @@ def run(
     texts: Sequence[str] = ("",),
     *,
     budget: float | None = None,
+    branches: int | None = None,
     out: File | str | None = None,
     device: str | None = None,
     mmap: bool = False,
@@ -31,15 +32,15 @@ def run(
 ) -> list[list[Path]]:
     """Read texts with the model of a run, checkpoint or Hugging Face folder; return the paths of each text's tokens.
 
-    A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take. With a
-    console the paths are printed on it, a line per token; `out` names a file for them, a `Path` record a line, one text after the other.
+    A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take,
+    `branches` the number of ways a token may take at once; a path is then the best one. With a console the paths are printed on it, a line per token; `out` names a file for them, a `Path` record a line, one text after the other.
     `mmap` leaves the weights of a signal graph on disk.
     Raises `ValueError` for a model that tells no paths, a text longer than its context, and a budget that it was not trained for.
     """
     check_share(budget)
     if out is not None and not File(out).parent.is_dir():
         raise FileNotFoundError(f"out={str(out)!r}: the folder {str(File(out).parent)!r} does not exist")
-    model, tokenizer = open_model(folder, device=device, mmap=mmap)
+    model, tokenizer = open_model(folder, device=device, branches=branches, mmap=mmap)
     if tokenizer is None:
         raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
     found = trace(model, tokenizer, texts, budget=budget)

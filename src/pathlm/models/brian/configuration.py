@@ -15,6 +15,8 @@ MEMORIES = ("local", "canonical", "local+canonical")
 LEFT_ROWS = ("kept", "refreshed")
 ADAPTERS = ("shared", "block")
 POST_MEMORIES = ("own", "canonical")
+EXITS = ("branch", "first", "any")
+MERGES = ("softmax", "winner")
 
 
 @no_type_check  # strict checks types itself, and a second checker around it loses the keywords it lets through
@@ -79,6 +81,20 @@ class BrianConfig(PreTrainedConfig):
     left_rows: str = "kept"
     """What that row of a token is after it has left: `kept` is its last one; `refreshed` is, at every later step, what the block that would
     come next in order makes of the state the token left with. That costs a key and a value projection, not a block."""
+    route_beams: int = 1
+    """Most branches of a token that are in the pool at once; 1 is the greedy route."""
+    beam_expansion: int = 2
+    """Actions that a branch tries in a step, at most as many as there may be branches."""
+    beam_decay: float = 1.0
+    """What a branch's score is multiplied by in each further step."""
+    beam_cost: float = 0.0
+    """What each visit takes from a branch's score, in nats."""
+    beam_margin: float = 0.0
+    """Branches whose score is lower than the best by more than this are dropped; 0 drops none."""
+    beam_exit: str = "branch"
+    """Who leaves where leaving is chosen: that `branch`; all of them, if it is the `first` choice of all, or if `any` that is kept does."""
+    beam_merge: str = "softmax"
+    """What leaves the pool: the branches' states weighted by the `softmax` of their scores, or the `winner`'s."""
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     """Heads that keys and values have; None means as many as queries have."""
@@ -174,8 +190,18 @@ class BrianConfig(PreTrainedConfig):
             ("left_rows", LEFT_ROWS),
             ("code_adapter", ADAPTERS),
             ("post_memory", POST_MEMORIES),
+            ("beam_exit", EXITS),
+            ("beam_merge", MERGES),
         ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        for name in ("route_beams", "beam_expansion"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.route_beams == 1 or self.route_top_k == 1, "route_beams", self.route_beams, "needs route_top_k=1")
+        _require(self.route_beams == 1 or self.pool_blocks > 0, "route_beams", self.route_beams, "there is no pool to branch in")
+        for name in ("beam_decay", "beam_cost", "beam_margin"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, value, "must be a finite number and not negative")
+        _require(0 < self.beam_decay <= 1, "beam_decay", self.beam_decay, "must lie above 0 and at most at 1")
         dim = self.block_position_dim
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
         _require(math.isfinite(self.location_bias), "location_bias", self.location_bias, "must be a finite number")

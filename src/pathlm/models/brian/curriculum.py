@@ -51,6 +51,8 @@ class Knobs:
     """Newest tokens that are read as rows in a pool that has codes besides, rounded; 0 is all, None leaves what is."""
     local_share: float | None = None
     """Share of the weight of these rows that counts; the rest is that of the same tokens' codes. None leaves what is."""
+    route_beams: int | None = None
+    """Branches a token may have at once; None is the configuration's number."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0
@@ -182,6 +184,8 @@ router takes over while the budget falls from the whole route, and the last part
 USED = Gate("validation/memory/code_mass", ">=", 0.01, "codes must be read", "give the stage more steps, or a smaller model.local_window")
 CHEAP = "codes in the place of rows must not cost more than this"
 REMEMBERED = Gate("validation/loss", "<=", 0.03, CHEAP, "give the stage more steps, or larger codes (model.code_dim)", relative=True)
+BOUNDED = "a token must not have more branches than allowed"
+BETTER = Gate("validation/loss", "<=", 0.0, "branches must pay", "give the stage more steps, or leave route_beams at 1", relative=True)
 CURRICULA = {
     "default": (STAGES, (0.35, 0.05, 0.1, 0.15, 0.35)),
     "route": (STAGES, (0.0, 0.08, 0.12, 0.3, 0.5)),
@@ -201,7 +205,8 @@ def curriculum(
     """Return the curriculum `name` for a run of `steps` optimizer steps.
 
     A model that reads the newest tokens as rows and the others as codes gets two stages more: in `narrowing` the rows' window shrinks from
-    the whole context to `local_window`, or, where that is 0, their weight fades to nothing; in `codes` it stays so.
+    the whole context to `local_window`, or, where that is 0, their weight fades to nothing; in `codes` it stays so. One with several
+    `route_beams` gets `parallel` last, and one branch before. Alone these are `stage-5` and `stage-6`.
 
     A plain decoder has `default` alone, also called `plain`. A model with a pool has `default` (stages 0 to 4), `route` (1 to 4, for one
     that was wrapped), `joint` (exits from the start), `fixed` (the original path for ever) and `stage-0` … `stage-4`. `knobs` replace
@@ -219,13 +224,15 @@ def curriculum(
             raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
         rows: tuple[Stage, ...] = (Stage("plain", steps=None, start=Knobs()),)
     elif name in CURRICULA:
-        every, usual = _remembering(*CURRICULA[name], config)
+        every, usual = _extended(*CURRICULA[name], config)
         parts = dict(zip((stage.name for stage in every), usual, strict=True))
         rows = _timed(every, parts | dict(_known_stages(stages or {}, parts)), steps)
     elif name == "fixed":
         rows = (replace(STAGES[0], name="fixed"),)
     elif name == f"stage-{len(STAGES)}" and config is not None and config.memory == "local+canonical":
         rows = _timed(_memory_stages(config, LEFT), {"narrowing": 0.6, "codes": 0.4}, steps)
+    elif name == f"stage-{len(STAGES) + 1}" and config is not None and config.route_beams > 1:
+        rows = (_parallel_stage(config, LEFT),)
     elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
         rows = (STAGES[known.index(name)],)
     else:
@@ -236,19 +243,32 @@ def curriculum(
     return found
 
 
-def _remembering(
+def _extended(
     stages: tuple[Stage, ...], parts: tuple[float, ...], config: BrianConfig | None
 ) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-    """Add the stages in which codes take the place of rows, where a model has both."""
-    if config is None or config.memory != "local+canonical":
+    """Add the stages that a model's memory and branches ask for; before them, tokens are rows, and take one way."""
+    if config is None:
         return stages, parts
-    whole = {"local_window": 0.0, "local_share": 1.0}
-    before = tuple(
-        replace(stage, start=replace(stage.start, **whole), end=None if stage.end is None else replace(stage.end, **whole))
-        for stage in stages
-    )
-    last = stages[-1].end or stages[-1].start
-    return before + _memory_stages(config, last), (*(part * 0.7 for part in parts), 0.18, 0.12)
+    for wanted, name, before, more in (
+        (config.memory == "local+canonical", "memory", {"local_window": 0.0, "local_share": 1.0}, (0.18, 0.12)),
+        (config.route_beams > 1, "parallel", {"route_beams": 1}, (0.15,)),
+    ):
+        if wanted:
+            last = stages[-1].end or stages[-1].start
+            added = _memory_stages(config, last) if name == "memory" else (_parallel_stage(config, last),)
+            stages = (*(_with(stage, before) for stage in stages), *added)
+            parts = (*(part * (1 - sum(more)) for part in parts), *more)
+    return stages, parts
+
+
+def _with(stage: Stage, values: dict[str, Any]) -> Stage:
+    return replace(stage, start=replace(stage.start, **values), end=stage.end and replace(stage.end, **values))
+
+
+def _parallel_stage(config: BrianConfig, knobs: Knobs) -> Stage:
+    """Return the stage in which tokens take several ways at once. Their exits stay as they are: nothing measures what a branch gains."""
+    gates = (Gate("validation/route/branches", "<=", float(config.route_beams), BOUNDED), BETTER)
+    return Stage("parallel", None, replace(knobs, route_beams=config.route_beams, probe_share=0.0, exit=0.0, gate=0.0), gates=gates)
 
 
 def _memory_stages(config: BrianConfig, knobs: Knobs) -> tuple[Stage, ...]:

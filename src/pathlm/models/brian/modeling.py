@@ -70,6 +70,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         budget: float | None = None,
         depths: Tensor | None = None,
+        route_beams: int | None = None,
         **kwargs: Any,
     ) -> PathOutput:
         """Read T tokens after the P tokens in memory; return logits (B, T, V), and the loss where there are `labels`.
@@ -90,6 +91,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             num_items_in_batch: Divide the summed loss by this instead of by the number of labels (the stock Trainer's protocol).
             budget: Route steps tokens may take on average, as a share of `max_route_steps`; by default what was trained last.
             depths: (B, T), the number of route steps of every token, instead of the router's choice to leave. Blocks stay its choice.
+            route_beams: Most branches of a token in the pool at once, instead of the configuration's number.
             kwargs: Ignored, as transformers passes switches of its own.
 
         Raises:
@@ -106,8 +108,10 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if budget is not None:
             self.check_budget(budget)
         self._check_depths(depths, h_BTD, knobs)
+        self._check_beams(route_beams, knobs, depths)
         target_BT = None if labels is None else next_labels(labels, h_BTD.shape[:2])
-        journey = Journey(knobs, budget, input_ids, target_BT, _segments(h_BTD, past, attention_mask, document_ids), trace, depths)
+        segment_BS = _segments(h_BTD, past, attention_mask, document_ids)
+        journey = Journey(knobs, budget, input_ids, target_BT, segment_BS, trace, depths, route_beams)
         if target_BT is None and not trace and isinstance(logits_to_keep, int) and not self.training and depths is None:
             journey.keep = logits_to_keep
         elif target_BT is not None and not self.training and self.codes is not None:
@@ -141,6 +145,11 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if self.pool is None:
             raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
         self.pool.check_budget(budget)
+
+    def set_branches(self, branches: int) -> None:
+        """Let tokens take up to this many ways at once from now on. Raises `ValueError` for a number that the model cannot have."""
+        self._check_beams(branches, None, None)
+        self.config.route_beams = branches
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Choose whether training recomputes each block in the backward pass instead of keeping its activations."""
@@ -190,6 +199,23 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         shallow, deep = int(depths.min()), int(depths.max())
         if shallow < low or deep > high:
             raise ValueError(f"depths go from {shallow} to {deep}: must lie in {low} … {high}, the route steps that are possible")
+
+    def _check_beams(self, beams: int | None, knobs: Knobs | None, depths: Tensor | None) -> None:
+        if beams is None:
+            beams = knobs.route_beams if knobs is not None and knobs.route_beams is not None else self.config.route_beams
+        if beams < 1:
+            raise ValueError(f"route_beams={beams}: must be at least 1")
+        if beams == 1:
+            return
+        if self.pool is None:
+            raise ValueError(f"route_beams={beams}: a plain decoder has no pool to branch in")
+        if self.config.route_top_k > 1:
+            raise ValueError(f"route_beams={beams}: needs route_top_k=1, since a branch visits one block in each step")
+        if depths is not None:
+            raise ValueError(f"depths: with route_beams={beams} a token's branches leave when they choose to")
+        if knobs is not None and (knobs.router_share < 1 or knobs.probe_share or knobs.random_depth):
+            rule = "needs router_share=1, probe_share=0 and random_depth=0: branches follow no teacher and are not measured"
+            raise ValueError(f"route_beams={beams}: {rule}")
 
     def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
         config = self.config

@@ -76,12 +76,14 @@ class Records:
     """Blocks run, summed over tokens"""
     other_evaluations: int = 0
     """Blocks run only for the router's gradient"""
+    branches: int | None = None
+    """Branches with which tokens left, summed over tokens, where they could have several"""
     watched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached unless the plan says otherwise"""
 
 
 @dataclass
-class _Tokens:
+class Travellers:
     """The tokens still in the pool. `place_n` is None while these are all N tokens."""
 
     h: Tensor
@@ -90,10 +92,10 @@ class _Tokens:
     repeats: Tensor
     place: Tensor | None
 
-    def kept(self, stay_n: Tensor) -> _Tokens:
+    def kept(self, stay_n: Tensor) -> Travellers:
         """Return those at the indices `stay_n`."""
         place = stay_n if self.place is None else self.place[stay_n]
-        return _Tokens(Pick.apply(self.h, stay_n), self.p[stay_n], self.at[stay_n], self.repeats[stay_n], place)
+        return Travellers(Pick.apply(self.h, stay_n), self.p[stay_n], self.at[stay_n], self.repeats[stay_n], place)
 
 
 class PoolRun:
@@ -106,12 +108,10 @@ class PoolRun:
 
     def run(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens' hidden states (B, T, D) and the positions (B, T, P) from which they left."""
-        config, (batch, tokens) = self.pool.config, h_BTD.shape[:2]
-        self.rows, self.tokens = batch, tokens
-        self.table = Table(self.around, h_BTD, groups=self.blocks[0].groups, width=self.blocks[0].width)
-        count = batch * tokens
+        config, count = self.pool.config, h_BTD.shape[0] * h_BTD.shape[1]
+        self.open(h_BTD)
         start = torch.full((count,), -1, device=h_BTD.device)
-        state = _Tokens(h_BTD.flatten(0, 1), self.pool.starting_position(count, h_BTD.dtype), start, torch.zeros_like(start), None)
+        state = Travellers(h_BTD.flatten(0, 1), self.pool.starting_position(count, h_BTD.dtype), start, torch.zeros_like(start), None)
         for step in range(config.max_route_steps):
             stay = self._decide(state, step)
             if stay is None:
@@ -127,7 +127,12 @@ class PoolRun:
             self._leave(state, config.max_route_steps)
         return self._gathered(h_BTD)
 
-    def _decide(self, state: _Tokens, step: int) -> tuple[_Tokens, Tensor, Tensor] | None:
+    def open(self, h_BTD: Tensor) -> None:
+        """Make room for what tokens in these states remember."""
+        self.rows, self.tokens = h_BTD.shape[:2]
+        self.table = Table(self.around, h_BTD, groups=self.blocks[0].groups, width=self.blocks[0].width)
+
+    def _decide(self, state: Travellers, step: int) -> tuple[Travellers, Tensor, Tensor] | None:
         """Let every token choose; those that leave are put aside. Returns the others with their blocks, None where nobody is left."""
         plan, config = self.plan, self.pool.config
         if plan.guided:
@@ -165,7 +170,7 @@ class PoolRun:
             score_nM = score_nM[stay] if plan.guided else score_nM
         return state, block_nk, score_nM
 
-    def _wants_to_leave(self, gain_n: Tensor, state: _Tokens, step: int) -> Tensor:
+    def _wants_to_leave(self, gain_n: Tensor, state: Travellers, step: int) -> Tensor:
         if step < self.pool.config.min_route_steps:
             return torch.zeros_like(gain_n, dtype=torch.bool)
         threshold = self.plan.threshold if self.plan.threshold.ndim == 0 else _at(self.plan.threshold, state.place)
@@ -175,12 +180,12 @@ class PoolRun:
             leaves_n = torch.where(depth_n <= self.pool.config.max_route_steps, depth_n <= step, leaves_n)
         return leaves_n if self.plan.stays_N is None else leaves_n & ~_at(self.plan.stays_N, state.place)
 
-    def _visit(self, state: _Tokens, block_nk: Tensor, score_nM: Tensor, step: int) -> _Tokens:
+    def _visit(self, state: Travellers, block_nk: Tensor, score_nM: Tensor, step: int) -> Travellers:
         """Run the chosen blocks: all write their rows into the table, then all read it."""
         n, k = block_nk.shape
         self.records.evaluations += n * k
         weight_nk = score_nM.gather(-1, block_nk).softmax(-1) if k > 1 else None
-        groups = _Groups.of(block_nk, len(self.blocks))
+        groups = Groups.of(block_nk, len(self.blocks))
         qkv, asked, h_in = self._project(groups, state)
         read = self._read(step, qkv, asked, state.place, weight_nk)
         h = self._finish(groups, state, h_in, read, weight_nk)
@@ -196,7 +201,7 @@ class PoolRun:
         else:
             p = (p * weight_nk[..., None].to(h.dtype)).sum(1)
             p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-        return _Tokens(h, p, first_n, repeats, state.place)
+        return Travellers(h, p, first_n, repeats, state.place)
 
     def _read(self, step: int, qkv: Tensor, asked: Tensor | None, place: Tensor | None, weight_nk: Tensor | None) -> list[Tensor]:
         """Let the visits (k, n, H + 2G, K) write their rows, and return what each of the k then reads (n, H · X)."""
@@ -234,7 +239,7 @@ class PoolRun:
         keys, values = table.now()
         return [table.read(q, keys, values) for q in queries]
 
-    def _tried(self, h: Tensor, state: _Tokens, block_nk: Tensor, score_nM: Tensor) -> Tensor:
+    def _tried(self, h: Tensor, state: Travellers, block_nk: Tensor, score_nM: Tensor) -> Tensor:
         """Run another legal block for a few tokens, for its probability's gradient only: `h` (n, D) comes back with the same values."""
         other_nM = (~score_nM.isneginf()).to(h.dtype).scatter(1, block_nk, 0.0)
         drawn_n = (torch.rand(len(h), device=h.device) < self.plan.other_share) & (other_nM.sum(-1) > 0)
@@ -244,8 +249,8 @@ class PoolRun:
         block = torch.multinomial(other_nM[tried], 1)
         place = tried if state.place is None else state.place[tried]
         with torch.no_grad():
-            some = _Tokens(state.h[tried], state.p[tried], state.at[tried], state.repeats[tried], place)
-            groups = _Groups.of(block, len(self.blocks))
+            some = Travellers(state.h[tried], state.p[tried], state.at[tried], state.repeats[tried], place)
+            groups = Groups.of(block, len(self.blocks))
             qkv, asked, h_in = self._project(groups, some)
             query = rotate(qkv[:, :, : self.blocks[0].heads], *self._rotary_at(place))[0]
             query = query if asked is None else question(asked[0], query)
@@ -256,7 +261,7 @@ class PoolRun:
         slope = self.plan.gate * (probability - probability.detach())
         return h.index_add(0, tried, slope.to(h.dtype) * (found - some.h))
 
-    def _project(self, groups: _Groups, state: _Tokens) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def _project(self, groups: Groups, state: Travellers) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for, and each group's hidden states.
 
         What is asked is (k, n, H, C); None where no codes are read.
@@ -272,7 +277,7 @@ class PoolRun:
                 asked.append(self.table.codes.ask(block, part[:, : self.blocks[block].heads]))
         return groups.joined(parts), groups.joined(asked) if asked else None, h_in
 
-    def _finish(self, groups: _Groups, state: _Tokens, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
+    def _finish(self, groups: Groups, state: Travellers, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
         """Return the next hidden states (n, D)."""
         read_in = groups.split(torch.cat(read), copied=True)
         heard = [self.table.heard(block, part) for block, part in zip(groups.blocks, read_in, strict=True)]
@@ -299,7 +304,7 @@ class PoolRun:
         index = place % self.tokens if cos.shape[0] == 1 else place
         return cos.flatten(0, 1)[index][None], sin.flatten(0, 1)[index][None]
 
-    def _leave(self, state: _Tokens, steps: int) -> None:
+    def _leave(self, state: Travellers, steps: int) -> None:
         place = torch.arange(len(state.h), device=state.h.device) if state.place is None else state.place
         left = Departed(place, state.h, state.p, steps)
         self._left += by_last_block(left, state.at) if self.pool.config.left_rows == "refreshed" else [left]
@@ -336,7 +341,7 @@ class PoolRun:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """Visits sorted by block. `order` is None where one block is visited by everybody."""
 
     blocks: list[int]
@@ -346,7 +351,7 @@ class _Groups:
     copies: int
 
     @classmethod
-    def of(cls, block_nk: Tensor, blocks: int) -> _Groups:
+    def of(cls, block_nk: Tensor, blocks: int) -> Groups:
         """Group k · n visits: first all first choices, then all second ones."""
         visits = block_nk.T.flatten()
         counts = torch.bincount(visits, minlength=blocks).tolist()

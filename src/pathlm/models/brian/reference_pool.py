@@ -86,7 +86,7 @@ def read(
     window, local_share = (0, 1.0) if model.codes is None else model.codes.reach
     first_post = config.pre_blocks + config.pool_blocks
     hidden = ordinary(model, model.blocks[: config.pre_blocks], [model.embed_tokens.weight[token] for token in input_ids], documents)
-    table = _pool(model).position if config.block_position != "none" else None
+    table = pool_of(model).position if config.block_position != "none" else None
     start = None if table is None else table[0]
     positions = count(documents)
     travellers = [Traveller(h_D, start, rotary) for h_D, rotary in zip(hidden, positions, strict=True)]
@@ -110,7 +110,7 @@ def read(
 
 def scores(model: BrianForCausalLM, h_D: Tensor, p_P: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
     """Return the scores of the blocks (M,) and the predicted gain of staying, in nats. No gradient reaches `h_D`."""
-    config, router = model.config, _pool(model).router
+    config, router = model.config, pool_of(model).router
     x_D = h_D.detach()
     x_D = x_D / torch.sqrt((x_D * x_D).sum() / len(x_D) + config.rms_norm_eps)
     known_P = p_P if config.block_position_to in ("router", "both") else None
@@ -121,7 +121,7 @@ def scores(model: BrianForCausalLM, h_D: Tensor, p_P: Tensor | None, step: int) 
         result_A = result_A + router.hidden_out.weight @ (inside * (1 + torch.erf(inside / math.sqrt(2))) / 2)
     if p_P is None:
         return result_A[:-1], result_A[-1]
-    near_M = torch.stack([p_P @ _pool(model).position[block] for block in range(1, config.pool_blocks + 1)])
+    near_M = torch.stack([p_P @ pool_of(model).position[block] for block in range(1, config.pool_blocks + 1)])
     return result_A[:-1] + config.location_bias * near_M, result_A[-1]
 
 
@@ -136,12 +136,12 @@ def legal(model: BrianForCausalLM, route: list[tuple[int, ...]]) -> list[int]:
 def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget: float | None, top_k: int, forced: bool) -> None:
     """Let one token choose its blocks, or leave."""
     score_M, gain = scores(model, traveller.h_D, traveller.p_P, step)
-    score_M = score_M + _pool(model).load_bias.to(score_M.dtype)
+    score_M = score_M + pool_of(model).load_bias.to(score_M.dtype)
     allowed = legal(model, traveller.route)
-    threshold = _pool(model).threshold(budget).to(score_M.dtype)
+    threshold = pool_of(model).threshold(budget).to(score_M.dtype)
     total = sum(score_M[block - 1].exp() for block in allowed)
     free = step >= (model.config.min_route_steps or 1)
-    stays = 1 / (1 + torch.exp((threshold - gain) / _pool(model).gain_scale)) if free else torch.ones_like(gain)
+    stays = 1 / (1 + torch.exp((threshold - gain) / pool_of(model).gain_scale)) if free else torch.ones_like(gain)
     share = [score_M[block - 1].exp() / total if block in allowed else torch.zeros_like(gain) for block in range(1, len(score_M) + 1)]
     traveller.probability.append(torch.stack([*(stays * s for s in share), 1 - stays]))
     traveller.gain.append(gain)
@@ -184,8 +184,8 @@ def _visit(
         for number in traveller.route[-1]:
             h_D = traveller.h_D
             if traveller.p_P is not None and model.config.block_position_to in ("blocks", "both"):
-                h_D = h_D + _matrix(_pool(model).adapters[number - 1]) @ traveller.p_P
-            q, key, value = project(model, _block(model, number), h_D, traveller.rotary)
+                h_D = h_D + matrix(pool_of(model).adapters[number - 1]) @ traveller.p_P
+            q, key, value = project(model, block_of(model, number), h_D, traveller.rotary)
             query[-1].append(q)
             inputs[-1].append(h_D)
             rows.append((key, value))
@@ -197,14 +197,14 @@ def _visit(
         if model.config.remembers_codes:
             seen = reference_codes.seen_from(t, documents, model, table, _codes(travellers), window=window, share=share)
             heard = [
-                reference_codes.read(model, _block(model, number), number - 1, h_D, traveller.rotary, seen)
+                reference_codes.read(model, block_of(model, number), number - 1, h_D, traveller.rotary, seen)
                 for number, h_D in zip(traveller.route[-1], inputs[t], strict=True)
             ]
         else:
             near = [row for s in visible(t, documents) if (row := table[s]) is not None]
             heard = [attend(q, near, model) for q in query[t]]
         results = [
-            finish(model, _block(model, number), traveller.h_D, read) for number, read in zip(traveller.route[-1], heard, strict=True)
+            finish(model, block_of(model, number), traveller.h_D, read) for number, read in zip(traveller.route[-1], heard, strict=True)
         ]
         new_D = _mix(traveller.weights[-1], results)
         if gate and len(results) == 1:
@@ -220,8 +220,8 @@ def _refresh(model: BrianForCausalLM, traveller: Traveller) -> None:
     number = min(traveller.route[-1][0] + traveller.refreshed, model.config.pool_blocks)
     h_D = traveller.h_D
     if traveller.p_P is not None and model.config.block_position_to in ("blocks", "both"):
-        h_D = h_D + _matrix(_pool(model).adapters[number - 1]) @ traveller.p_P
-    _, key, value = project(model, _block(model, number), h_D, traveller.rotary)
+        h_D = h_D + matrix(pool_of(model).adapters[number - 1]) @ traveller.p_P
+    _, key, value = project(model, block_of(model, number), h_D, traveller.rotary)
     traveller.row = (key, value)
 
 
@@ -229,12 +229,14 @@ def _codes(travellers: list[Traveller]) -> list[reference_codes.Code]:
     return [traveller.code for traveller in travellers if traveller.code is not None]
 
 
-def _pool(model: BrianForCausalLM) -> RoutePool:
+def pool_of(model: BrianForCausalLM) -> RoutePool:
+    """Return what routing adds to the blocks."""
     assert isinstance(model.pool, RoutePool)
     return model.pool
 
 
-def _block(model: BrianForCausalLM, number: int) -> Block:
+def block_of(model: BrianForCausalLM, number: int) -> Block:
+    """Return a block of the pool, counted from 1."""
     block = model.blocks[model.config.pre_blocks + number - 1]
     assert isinstance(block, Block)
     return block
@@ -257,19 +259,20 @@ def _mix_rows(weights: list[Tensor], rows: list[tuple[Heads, Heads]]) -> tuple[H
 def _mix_positions(model: BrianForCausalLM, traveller: Traveller) -> Tensor | None:
     if traveller.p_P is None:
         return None
-    rows = [_pool(model).position[number] for number in traveller.route[-1]]
+    rows = [pool_of(model).position[number] for number in traveller.route[-1]]
     if len(rows) == 1:
         return rows[0]
     p_P = _mix(traveller.weights[-1], rows)
     return p_P / torch.sqrt((p_P * p_P).sum())
 
 
-def _matrix(layer: nn.Module) -> Tensor:
+def matrix(layer: nn.Module) -> Tensor:
+    """Return the weights of a layer that has no bias."""
     assert isinstance(layer, nn.Linear) and layer.bias is None
     return layer.weight
 
 
 def _leave(model: BrianForCausalLM, traveller: Traveller) -> Tensor:
     """Return the state that goes on to the blocks after the pool."""
-    out = _pool(model).out
-    return traveller.h_D if out is None or traveller.p_P is None else traveller.h_D + _matrix(out) @ traveller.p_P
+    out = pool_of(model).out
+    return traveller.h_D if out is None or traveller.p_P is None else traveller.h_D + matrix(out) @ traveller.p_P

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pathlm.models.brian.codes import CodeRows, Codes, joined_rows, read_codes
 from pathlm.models.brian.grouping import Pick, spread
@@ -118,6 +119,37 @@ class Table:
         query = spread(flat_nX, slot, self.rows * per_row).view(self.rows, per_row, heads, width).transpose(1, 2)
         read = self._attend(query, keys, values, mask).transpose(1, 2).flatten(2).flatten(0, 1)
         return Pick.apply(read, slot)
+
+    def read_with_own(
+        self, query_nHX: Tensor, keys: Tensor, values: Tensor, place: Tensor, own_key_nGK: Tensor, own_value_nGK: Tensor
+    ) -> Tensor:
+        """Return what the tokens at `place` read of a table in which their own rows are these instead (n, H · X)."""
+        heads, width = query_nHX.shape[1:]
+        groups, code = keys.shape[1], width - self.width
+        own_key, own_value = (F.pad(own, (code, 0)).repeat_interleave(heads // groups, 1) for own in (own_key_nGK, own_value_nGK))
+        flat = spread(query_nHX.flatten(1), place, self.rows * self.tokens)
+        query = flat.view(self.rows, self.tokens, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
+        score = torch.einsum("bghtx,bgsx->bghts", query, keys) * width**-0.5
+        mask = self.mask
+        if mask is None:
+            seen = keys.shape[2] - self.tokens + torch.arange(self.tokens, device=place.device)[:, None]
+            mask = (torch.arange(keys.shape[2], device=place.device) <= seen)[None, None]
+        score = score.masked_fill(~mask[:, :, None], -torch.inf) if mask.dtype == torch.bool else score + mask[:, :, None]
+        score = score.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[place]  # (n, H, S)
+        held = self.tokens if self.around.memory is None else self.around.memory.held
+        column = keys.shape[2] - held + (self.slot(place) if self.around.memory is not None else place % self.tokens)
+        row = place // self.tokens
+        bias = score.new_zeros(len(place))
+        if mask.dtype != torch.bool:
+            bias = mask.expand(self.rows, -1, -1, -1)[row, 0, place % self.tokens, column]
+        at = column[:, None, None].expand(-1, heads, 1)
+        own_score = (query_nHX * own_key).sum(-1) * width**-0.5 + bias[:, None]
+        weight = score.scatter(-1, at, own_score[..., None]).softmax(-1)
+        grid = weight.new_zeros(self.rows * self.tokens, *weight.shape[1:]).index_copy(0, place, weight)
+        grid = grid.view(self.rows, self.tokens, groups, heads // groups, -1).permute(0, 2, 3, 1, 4)
+        read = torch.einsum("bghts,bgsx->bghtx", grid, values).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[place]
+        shared = values.transpose(1, 2)[row, column].repeat_interleave(heads // groups, 1)
+        return (read + weight.gather(-1, at) * (own_value - shared)).flatten(1)
 
     def heard(self, reader: int, read_nX: Tensor) -> Tensor:
         """Return what a block's heads make of what they have read (n, H · X), as mixtures of values (n, H · K)."""

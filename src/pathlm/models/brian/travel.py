@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pathlm.models.brian import exits, losses
+from pathlm.models.brian.beam import BeamRun
 from pathlm.models.brian.codes import CodeRows
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import CodeMemory, PoolMemory
@@ -36,6 +37,8 @@ class Journey:
     trace: bool
     depths: Tensor | None = None
     """Route steps of every token (B, T), where these are not the router's choice"""
+    beams: int | None = None
+    """Branches a token may have at once, where that is not the model's own number"""
     records: Records = field(default_factory=Records)
     plan: Plan | None = None
     after_pool: list[Tensor] = field(default_factory=list)
@@ -76,6 +79,8 @@ class Journey:
         total = loss_N.new_zeros(())
         if self.reads is not None:
             metrics |= self.reads.metrics()
+        if self.records.branches is not None:
+            metrics["route/branches"] = loss_N.new_tensor(self.records.branches / len(loss_N))
         if plan.other_share:
             metrics["route/other_evaluations"] = loss_N.new_tensor(self.records.other_evaluations / len(loss_N))
         if self.records.steps:
@@ -140,7 +145,7 @@ def travel(
         h_BTD, rotary = _last(journey, h_BTD, rotary)
     sight = journey.sight
     assert sight is not None
-    if not reads_codes and suits(model, h_BTD, journey):
+    if not reads_codes and _beams(model, journey) == 1 and suits(model, h_BTD, journey):
         h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, sight.mask, rows, journey.budget)
         return h_BTD
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
@@ -150,10 +155,21 @@ def travel(
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
     around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
+    beams = _beams(model, journey)
     run = PoolRun(pool, model.pool_blocks, around, journey.plan)
+    if beams > 1:
+        run = BeamRun(pool, model.pool_blocks, around, journey.plan, beams=beams)
     h_BTD, p_BTP = run.run(h_BTD)
     journey.records = run.records
     return pool.leave(h_BTD, p_BTP)
+
+
+def _beams(model: Any, journey: Journey) -> int:
+    """Return how many branches tokens may have: what the call says, else the knobs, else the configuration."""
+    found: int = model.config.route_beams
+    if journey.knobs is not None and journey.knobs.route_beams is not None:
+        found = journey.knobs.route_beams
+    return found if journey.beams is None else journey.beams
 
 
 def _layers(config: Any, memory: Cache | None) -> tuple[PoolMemory | None, CodeMemory | None]:
