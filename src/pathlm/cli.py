@@ -182,7 +182,8 @@ def generate(
 
     run(
         folder, read_prompts(prompts or (), files or (), whole=whole), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, branches=branches, mmap=mmap, device=device, console=Console(),
+        top_p=top_p, seed=seed, batch=batch, stop_at_end=stop_at_end, budget=budget, branches=branches, mmap=mmap, device=device,
+        console=Console(),
     )  # fmt: skip
 
 

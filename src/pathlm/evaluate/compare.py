@@ -64,8 +64,8 @@ def run(
         device: Where the model runs; by default a GPU where there is one.
         console: Where progress and the table appear; nothing is printed without one.
 
-    Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name, behind it
-    the budget and the branches where they are given. For a model with a pool `routes` tells what it computed: route steps, blocks run, and their shares.
+    Returns the content that is also written to `eval.json` of the run (or model) folder under the split's name, behind it the budget and
+    the branches where they are given. For a model with a pool `routes` tells what it computed: route steps, blocks run, and their shares.
 
     Raises `ValueError` for options out of range, for a folder without a model, a missing corpus, a tokenizer other than the corpus's, and
     a budget that the model was not trained for.

@@ -132,8 +132,9 @@ def run(
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network. `budget` is the share of its route steps that a routed model may take, `branches` the ways a token may take at once. Raises `FileNotFoundError` for a file that does not
-    exist and `ValueError` for a folder without a model or a tokenizer, and for a budget that the model was not trained for.
+    network. `budget` is the share of its route steps that a routed model may take, `branches` the number of ways a token may take at once.
+    Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a folder without a model or a tokenizer, for a budget
+    that the model was not trained for, and for branches that it cannot have.
     """
     for task in tasks:
         if _is_file(task):

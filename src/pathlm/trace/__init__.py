@@ -33,7 +33,8 @@ def run(
     """Read texts with the model of a run, checkpoint or Hugging Face folder; return the paths of each text's tokens.
 
     A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take,
-    `branches` the number of ways a token may take at once; a path is then the best one. With a console the paths are printed on it, a line per token; `out` names a file for them, a `Path` record a line, one text after the other.
+    `branches` the number of ways a token may take at once; its path is then the best one. With a console the paths are printed on it, a
+    line per token; `out` names a file for them, a `Path` record a line, one text after the other.
     `mmap` leaves the weights of a signal graph on disk.
     Raises `ValueError` for a model that tells no paths, a text longer than its context, and a budget that it was not trained for.
     """
