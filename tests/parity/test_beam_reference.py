@@ -31,6 +31,7 @@ def test_values_gradients_and_the_best_routes_equal_those_of_the_reference(case:
     assert routes_of(model, fast.trace) == [branches[0].route for branches in slow.branches]
     assert all(1 <= len(branches) <= model.config.route_beams for branches in slow.branches)
     assert fast.metrics["route/branches"].item() == pytest.approx(sum(map(len, slow.branches)) / len(ROW))
+    assert fast.trace.visits_BT.sum().item() == slow.visits
     ordinary = model.config.pre_blocks + model.config.post_blocks
     assert fast.metrics["route/block_evaluations"].item() == pytest.approx(ordinary + slow.visits / len(ROW))
     loss = reference.cross_entropy(slow.logits_TV, LABELS)

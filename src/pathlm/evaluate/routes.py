@@ -168,6 +168,8 @@ class _Watch:
         evaluated_BT = visited_BTS.sum(-1)
         if trace.second_BTR is not None:
             evaluated_BT = evaluated_BT + (trace.second_BTR > 0).sum(-1)
+        if getattr(trace, "visits_BT", None) is not None:
+            evaluated_BT = trace.visits_BT + evaluated_BT - visited_BTS[..., pool].sum(-1)
         steps_BT, evaluated_BT = visited_BTS[..., pool].sum(-1).cpu().numpy(), evaluated_BT.cpu().numpy()
         for row, (number, window) in enumerate(batch):
             # The loss of the token at place p was predicted at place p − 1.

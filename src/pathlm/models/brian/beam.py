@@ -87,6 +87,7 @@ class BeamRun(PoolRun):
         rows = h.new_zeros(count, 1, 2 * self.blocks[0].groups, self.blocks[0].width)
         scores = torch.zeros(count, 1, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         state = Branches(h, self.pool.starting_position(count, h.dtype)[:, None], scores, zero, zero - 1, zero, rows)
+        self.records.visits_N = torch.zeros_like(zero[:, 0])
         for step in range(config.max_route_steps):
             token, slot = state.moving
             if not len(token):
@@ -186,6 +187,8 @@ class BeamRun(PoolRun):
         at, repeats = state.at, state.repeats
         block_m = action_Nb[token, slot]
         self.records.evaluations += len(token)
+        assert self.records.visits_N is not None
+        self.records.visits_N += torch.bincount(token, minlength=len(state.h))
         places = self._same(action_Nb)[0]
         rows = state.rows
         if len(token):

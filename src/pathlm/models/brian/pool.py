@@ -76,6 +76,8 @@ class Records:
     """Blocks run, summed over tokens"""
     other_evaluations: int = 0
     """Blocks run only for the router's gradient"""
+    visits_N: Tensor | None = None
+    """Blocks of the pool run for each token, where it could have several branches"""
     branches: int | None = None
     """Branches with which tokens left, summed over tokens, where they could have several"""
     watched: list[tuple[Tensor, Tensor]] = field(default_factory=list)

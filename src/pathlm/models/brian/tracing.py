@@ -37,6 +37,8 @@ class Trace:
     """Which of the S steps is the first in the pool"""
     second_BTR: Tensor | None = None
     """The other block of each route step where two are visited, 0 for none"""
+    visits_BT: Tensor | None = None
+    """Blocks of the pool run for each token where it could take several ways at once; the others tell of the best one"""
     probability_BTRA: Tensor | None = None
     """Probability of every block of the pool and of OUT, 0 in steps before which the token had left"""
 
@@ -72,7 +74,8 @@ class Trace:
         shape = tuple(input_ids.shape)
         return cls(
             input_ids, present, block_NS.unflatten(0, shape), score_NS.unflatten(0, shape), first,
-            second_NR.unflatten(0, shape), probability_NRA.unflatten(0, shape),
+            second_NR.unflatten(0, shape), None if records.visits_N is None else records.visits_N.unflatten(0, shape),
+            probability_NRA.unflatten(0, shape),
         )  # fmt: skip
 
 
