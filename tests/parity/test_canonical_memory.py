@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,21 @@ def test_a_model_is_used_with_the_window_it_was_trained_with_last(tmp_path: Path
     again = type(model).from_pretrained(tmp_path)
     assert torch.equal(again(ids(2)).logits, model(ids(2)).logits)
     assert not torch.allclose(model(ids(2)).logits, narrow)
+
+
+def test_codes_begin_where_the_blocks_are_when_they_are_first_read() -> None:
+    model = built(memory="local+canonical", local_window=3, left_rows="refreshed").train()
+    first, then = (curriculum("stage-5", 10, config=model.config).at(step)[1] for step in (0, 9))
+    before = {name: p.detach().clone() for name, p in model.codes.named_parameters()}
+    model(ids(2), labels=ids(2), knobs=replace(first, local_window=0.0))
+    assert all(torch.equal(p, before[name]) for name, p in model.codes.named_parameters())
+    model(ids(2), labels=ids(2), knobs=first)
+    begun = {name: p.detach().clone() for name, p in model.codes.named_parameters()}
+    assert not any(torch.equal(p, before[name]) for name, p in begun.items() if name != "norm.weight")
+    with torch.no_grad():
+        model.codes.value.add_(1.0)  # training
+    model(ids(2), labels=ids(2), knobs=then)
+    assert not torch.equal(model.codes.value, begun["value"]), "what is being read is not begun again"
 
 
 def test_branches_come_last_in_a_curriculum_and_only_there() -> None:

@@ -97,9 +97,8 @@ def run(
     with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
         mine, routes = _measured(model, data, split, budget=budget, records=records, progress=advance, **options)
     result |= {"model": mine.to_dict(), "routes": routes}
-    asked = ("" if budget is None else f", budget {budget:g}") + (
-        "" if branches is None else f", {branches} branch{'es' * (branches != 1)}"
-    )
+    asked = "" if budget is None else f", budget {budget:g}"
+    asked += "" if branches is None else f", {branches} branch{'es' * (branches != 1)}"
     file = note_result(run_folder(model_folder) / "eval.json", split + asked, result)
     if console is not None:
         console.print(table(result, name=_name(model_folder, place) + asked))

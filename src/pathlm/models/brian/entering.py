@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ def remembering(weights: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
             if name in weights:
                 weights[name] = weights[name][:rows]
     return weights
+
+
+@torch.no_grad()
+def begin(model: Any) -> None:
+    """Let the codes of a model in training, which nobody has read so far, start from what its blocks have learned."""
+    found = _codes(model.state_dict(), model.config)
+    for name, parameter in model.codes.named_parameters():
+        parameter.copy_(found[f"codes.{name}"])
 
 
 def check_entry(theirs: BrianConfig, config: BrianConfig, *, where: str) -> None:

@@ -13,6 +13,7 @@ from pathlm.models.brian import exits, losses
 from pathlm.models.brian.beam import BeamRun
 from pathlm.models.brian.codes import CodeRows
 from pathlm.models.brian.curriculum import Knobs
+from pathlm.models.brian.entering import begin
 from pathlm.models.brian.memory import CodeMemory, PoolMemory
 from pathlm.models.brian.pool import Plan, PoolRun, Records
 from pathlm.models.brian.reads import Reads
@@ -23,6 +24,10 @@ from pathlm.models.brian.walk import suits, walk
 from pathlm.models.losses import IGNORE
 
 # Shapes: B rows, T tokens, N = B · T, D width, S tokens attended, w watched tokens
+
+
+ROWS_ONLY = (0, 1.0)
+"""How far rows reach where no code is read: over every token, with their whole weight."""
 
 
 @dataclass
@@ -190,8 +195,11 @@ def _remember(model: Any, h_BTD: Tensor, journey: Journey, rotary: tuple[Tensor,
     if codes is None:
         return False
     if model.training and journey.knobs is not None:
+        unread = codes.reach == ROWS_ONLY and model.config.post_memory == "own"
         codes.set_reach(journey.knobs.local_window, journey.knobs.local_share)
-    in_pool = codes.reach != (0, 1.0)
+        if unread and codes.reach != ROWS_ONLY:
+            begin(model)
+    in_pool = codes.reach != ROWS_ONLY
     if in_pool or model.config.post_memory == "canonical":
         rows = codes.write(h_BTD, rotary)
         journey.code_rows = CodeRows(rows) if memory is None else CodeRows(memory.add(rows), memory.slots(0))
@@ -217,5 +225,5 @@ def _touch(model: Any) -> Tensor:
     if not pool:
         return torch.zeros((), device=model.pool.load_bias.device)
     first, last = model.config.pre_blocks, model.config.pre_blocks + model.config.pool_blocks
-    owners = [*model.blocks[first:last], model.pool]
+    owners = [*model.blocks[first:last], model.pool, *([] if model.codes is None else [model.codes])]
     return torch.stack([parameter.sum() * 0.0 for owner in owners for parameter in owner.parameters()]).sum()
