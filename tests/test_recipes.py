@@ -79,6 +79,7 @@ def test_a_small_recipe_trains(name, corpus, tmp_path):
     config = load(name)
     routed = config.preset.startswith("brian")
     stages = {"default": 5, "route": 4, "joint": 3}.get(config.curriculum, 2) if routed else 2
+    stages += 2 * (config.model.get("memory") == "local+canonical") + (config.model.get("route_beams", 1) > 1)
     short = [
         f'out="{tmp_path}"', f"steps={stages}", "batch_tokens=512", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2",
         "log_every=1",        "data.length=64", "optim.warmup_steps=0", "optim.decay_steps=0", 'optim.schedule="cosine"',
