@@ -4,15 +4,19 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from pathlm.config import with_options
+from pathlm.text.synthetic.long import Hops, LongTask, Needle
+from pathlm.text.synthetic.programs import Program, Sum, Variables
 from pathlm.text.synthetic.sequences import Brackets, Copy, Reverse, Transform
 from pathlm.text.synthetic.steps import Arithmetic, Compose, Pointer, Repeat, Rewrite
 from pathlm.text.synthetic.task import SPLITS, Question, Sample, SampleStream, Task
 
-__all__ = ["SPLITS", "TASKS", "Question", "Sample", "SampleStream", "Task", "open_task", "samples"]
+__all__ = ["LONG_TASKS", "SPLITS", "TASKS", "LongTask", "Question", "Sample", "SampleStream", "Task", "open_task", "samples"]
 
 TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Copy, Reverse, Transform, Brackets, Arithmetic, Rewrite, Repeat, Pointer, Compose)
 }
+LONG_TASKS: dict[str, type[LongTask]] = {kind.name: kind for kind in (Needle, Hops, Variables, Sum, Program)}
+"""Tasks with filler, of any length."""
 
 
 def open_task(spec: str, **options: Any) -> Task:
@@ -23,9 +27,10 @@ def open_task(spec: str, **options: Any) -> Task:
     Raises `ValueError` naming the task, or the option, its value and the rule, when it cannot be used.
     """
     name, _, text = spec.partition(":")
-    if name not in TASKS:
-        raise ValueError(f"task {spec!r}: known tasks are {', '.join(TASKS)}")
-    kind = TASKS[name]
+    known: dict[str, type[Task]] = {**TASKS, **LONG_TASKS}
+    if name not in known:
+        raise ValueError(f"task {spec!r}: known tasks are {', '.join(known)}")
+    kind = known[name]
     types = {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
     written: dict[str, Any] = {}
     for option in filter(None, text.split(",")):

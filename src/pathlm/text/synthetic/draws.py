@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TypeVar
 
+import numpy as np
 from numpy.random import Philox
 
 T = TypeVar("T")
@@ -44,6 +45,13 @@ class Draws:
     def pick(self, items: Sequence[T]) -> T:
         """Return one of the items."""
         return items[self.below(len(items))]
+
+    def many(self, items: Sequence[T], count: int) -> list[T]:
+        """Return `count` of fewer than 2³² items, each drawn from all of them; much faster than one after another."""
+        if not count:
+            return []
+        raw = self._philox.random_raw(count)
+        return [items[i] for i in (((raw >> np.uint64(32)) * np.uint64(len(items))) >> np.uint64(32)).tolist()]
 
     def several(self, items: Sequence[T], count: int) -> list[T]:
         """Return `count` different items in random order (a shuffled copy when `count` is all of them)."""

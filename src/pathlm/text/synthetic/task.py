@@ -1,7 +1,7 @@
 """What a synthetic task is: options, samples with a known number of steps, and streams that never share a sample between splits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple
@@ -59,6 +59,8 @@ class Draft(NamedTuple):
     more: tuple[Question, ...] = ()
     shared: int | None = None
     """How many of the prompt's first words decide the split: those that further questions are about too. None is all of them."""
+    core: tuple[str, ...] | None = None
+    """The words that decide the split where they do not stand together, as those of a prompt with filler between them."""
 
 
 class Task(ABC):
@@ -86,6 +88,10 @@ class Task(ABC):
     @abstractmethod
     def prompts(self, k: int) -> int:
         """How many different prompts there are at `k`, or a number that is surely smaller."""
+
+    def names(self) -> list[str]:
+        """Words that a sample holds once at most: those of more than two letters, which are names of tasks and parts of their frames."""
+        return [word for word in self.words() if word.isalpha() and len(word) > 2]
 
     def held_out(self, k: int) -> bool:
         """Whether no validation or test sample at `k` is ever a training sample, under any seed."""
@@ -121,7 +127,7 @@ class SampleStream:
             raise ValueError(f"k={k}: {task.spec} has samples with k from {task.ks[0]} to {task.ks[-1]}")
         for _ in range(_ATTEMPTS):
             draft = task.write(draws, k)
-            if not self._held_out[k] or _bucket(draft.prompt[: draft.shared]) in self._buckets:
+            if not self._held_out[k] or _bucket(draft.core or draft.prompt[: draft.shared]) in self._buckets:
                 return Sample(task.name, tuple(draft.prompt), tuple(draft.answer), draft.difficulty, k, draft.more)
         raise AssertionError(f"{task.spec}: no prompt of the {self.split} split in {_ATTEMPTS} attempts; prompts({k}) counts too many")
 
@@ -133,7 +139,7 @@ class SampleStream:
             index += 1
 
 
-def _bucket(prompt: list[str]) -> int:
+def _bucket(prompt: Sequence[str]) -> int:
     """Return the eighth of all prompts that this one falls into. It knows no seed, so the splits stay apart across runs."""
     return blake2b(" ".join(prompt).encode(), digest_size=1).digest()[0] & 7
 

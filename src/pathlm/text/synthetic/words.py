@@ -75,9 +75,9 @@ class SampleEncoder:
     def longest(self, task: Task) -> int:
         """Return a number of tokens that no sample of the task exceeds, if the tokenizer writes a word no longer beside others than alone.
 
-        Words of more than two letters are names that occur once in a sample; any other word may occur at every place.
+        The task's `names` occur once in a sample; any other word may occur at every place.
         """
-        names = [word for word in task.words() if word.isalpha() and len(word) > 2]
+        names = task.names()
         most = max(self._lengths[word] for word in task.words() if word not in names)
         return 2 + task.longest() * most + sum(max(0, self._lengths[name] - most) for name in names)
 
