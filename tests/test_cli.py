@@ -63,7 +63,7 @@ def test_commands_and_their_options_stay_as_published():
         "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
-        "routes against budgets plot budget device",
+        "routes against budgets plot suite specs lengths samples batch budget device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget mmap device",
         "trace": "folder texts files whole budget out mmap device",
         "presets": "",
@@ -76,14 +76,14 @@ def test_commands_and_their_options_stay_as_published():
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
     from pathlm import bench, config, demo, evaluate, generate, trace, train
-    from pathlm.evaluate import harness, routing
+    from pathlm.evaluate import harness, long_context, routing
     from pathlm.models import convert
     from pathlm.text import prepare
 
     homes = {
         "prepare": (prepare.PrepareConfig, prepare.from_arguments),
         "train": (config.load, train.start),
-        "eval": (evaluate.run, harness.run, routing.run),
+        "eval": (evaluate.run, harness.run, routing.run, long_context.run),
         "generate": (generate.run, generate.read_prompts),
         "trace": (trace.run, generate.read_prompts),
         "convert": (convert.convert,),
@@ -102,7 +102,7 @@ def twins(command):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_has_a_python_twin_with_the_same_default(command):
-    known = twins(command) | ({"routes": False} if command == "eval" else {})  # in Python it is another function: evaluate.routing.run
+    known = twins(command) | ({"routes": False, "suite": None} if command == "eval" else {})  # in Python each is a function of its own
     for name, option in options_of(command).items():
         assert name in known, f"pathlm {command}: {name} cannot be given in Python"
         if option.default is not None and known[name] is not inspect.Parameter.empty:

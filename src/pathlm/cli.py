@@ -130,31 +130,50 @@ def eval_(
     against: Annotated[str | None, typer.Option(metavar="FOLDER", help="With --routes: a plain model, or its --records.")] = None,
     budgets: Annotated[str | None, typer.Option(metavar="B,B,…", help="With --routes: budgets of the curve, e.g. 0.4,0.7,1.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="With --routes: draw loss and computation by budget.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME,…", help="What to measure: lm, routing, long-context.  \\[default: lm]")
+    ] = None,
+    specs: Annotated[
+        list[str] | None, typer.Option("--task", metavar="TASK", help="With long-context: a task with filler, such as needle:keys=8.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="N,N,…", help="With long-context: lengths to ask at, e.g. 256,1024.")] = None,
+    samples: Annotated[int | None, typer.Option(help="With long-context: samples of each task at each length.  \\[default: 100]")] = None,
+    batch: Annotated[int | None, typer.Option(help="With long-context: sequences that run at once.  \\[default: 8]")] = None,
     budget: Budget = None,
     branches: Branches = None,
     device: Device = None,
 ) -> None:
-    """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or on lm-eval tasks."""
-    _check_eval(routes, tasks, {"--against": against, "--budgets": budgets, "--plot": plot}, {"--records": records, "--branches": branches})
-    if routes:
+    """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or long contexts; or on lm-eval tasks."""
+    of_routes = {"--against": against, "--budgets": budgets, "--plot": plot}
+    of_long = {"--task": specs, "--lengths": lengths, "--samples": samples, "--batch": batch}
+    own = {"routing": of_routes, "long-context": of_long}
+    suites = _suites(suite, routes, tasks, own=own, not_routing={"--records": records, "--branches": branches})
+    if "lm" in suites:
+        from pathlm.evaluate import run
+
+        run(
+            model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
+            order=order, records=records, budget=budget, branches=branches, device=device, console=Console(),
+        )  # fmt: skip
+    if "routing" in suites:
         from pathlm.evaluate import routing
 
         routing.run(
             model_folder, corpus, split, against=against, budget=budget, budgets=_numbers("budgets", budgets), context=context,
             stride=stride, max_documents=max_documents, max_tokens=max_tokens, plot=plot, device=device, console=Console(),
         )  # fmt: skip
-        return
+    if "long-context" in suites:
+        from pathlm.evaluate import long_context
+
+        counts = {name: count for name, count in (("samples", samples), ("batch", batch)) if count is not None}
+        long_context.run(
+            model_folder, specs, lengths=_whole_numbers("lengths", lengths), split=split, records=records, budget=budget,
+            branches=branches, device=device, console=Console(), **counts,
+        )  # fmt: skip
     if tasks:
         from pathlm.evaluate import harness
 
         harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, budget=budget, branches=branches, device=device, console=Console())
-        return
-    from pathlm.evaluate import run
-
-    run(
-        model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
-        order=order, records=records, budget=budget, branches=branches, device=device, console=Console(),
-    )  # fmt: skip
 
 
 @app.command()
@@ -259,13 +278,34 @@ def bench(
     body(name, arguments or [], console=Console())
 
 
-def _check_eval(routes: bool, tasks: list[str] | None, of_routes: dict[str, Any], of_text: dict[str, Any]) -> None:
-    """Refuse options of `pathlm eval` that the kind of evaluation would not look at."""
+def _suites(
+    suite: str | None, routes: bool, tasks: list[str] | None, *, own: dict[str, dict[str, Any]], not_routing: dict[str, Any]
+) -> tuple[str, ...]:
+    """Return what `pathlm eval` is to measure, and refuse options that it would not look at; `own` are those of one suite alone."""
     if routes and tasks:
         raise ValueError(f"--lm-eval {tasks[0]}: measures answers, --routes measures text; give one of them")
-    for name, value in (of_text if routes else of_routes).items():
-        if value is not None:
-            raise ValueError(f"{name} {value}: {'does not go with' if routes else 'needs'} --routes")
+    if suite is not None and (routes or tasks):
+        raise ValueError(f"--suite {suite}: does not go with {'--routes' if routes else '--lm-eval'}; give one of them")
+    known = ("lm", "routing", "long-context")
+    chosen = ("routing",) if routes else () if tasks else tuple(suite.split(",")) if suite is not None else ("lm",)
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"--suite {suite}: knows {', '.join(known)}, not {name!r}")
+    for name, options in own.items():
+        flag = "--routes" if name == "routing" else f"--suite {name}"
+        for option, value in options.items():
+            if value is not None and name not in chosen:
+                raise ValueError(f"{option} {_shown(value)}: needs {flag}")
+    for option, value in not_routing.items():
+        if value is not None and "routing" in chosen:
+            raise ValueError(f"{option} {value}: does not go with --routes")
+        if value is not None and option == "--records" and len(chosen) > 1:
+            raise ValueError(f"{option} {value}: is the file of one suite, --suite {suite} names {len(chosen)}")
+    return chosen
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _numbers(name: str, text: str | None) -> list[float] | None:
@@ -274,6 +314,14 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{name}={text!r}: must be numbers with commas between, such as 0.4,0.7,1") from None
+
+
+def _whole_numbers(name: str, text: str | None) -> list[int] | None:
+    """Read `256,1024`."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be whole numbers with commas between, such as 256,1024") from None
 
 
 def _one_line(error: BaseException) -> str:
