@@ -210,7 +210,7 @@ def test_tables_are_by_length_and_by_cache_and_models_stand_beside_each_other():
         screen.print(*long_context.tables(result))
         shown = screen.file.getvalue()
         assert "…" not in shown, "readable on a narrow terminal"
-    assert "needle:keys=1" in shown and "all tasks" in shown and f"{rows[0]['cache_bytes'] / 1024:,.1f}" in shown
+    assert "needle: keys=1" in shown and "all tasks" in shown and f"{rows[0]['cache_bytes'] / 1024:,.1f}" in shown
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +313,13 @@ def test_the_command_measures_and_prints_what_python_returns(folder, tmp_path):
     ):
         refused = command(*arguments)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())
+
+
+@pytest.mark.slow
+def test_a_small_decoder_learns_to_find_the_one_needle(tmp_path):
+    from pathlm.config import load
+    from pathlm.train import start
+
+    run = start(load("synthetic-needle", [f'out="{tmp_path}"']))
+    (row,) = long_context.run(run.folder, split="test", device="cpu", batch=50)["rows"]
+    assert (row["length"], row["samples"]) == (64, 100) and row["exact"]["value"] > 0.9  # guessing: 0.01

@@ -332,13 +332,16 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def _table(title: str, rows: Sequence[Mapping[str, Any]], label: str | None) -> Table:
     table = Table(title=title, caption="intervals hold 95 % of the values found in samples drawn anew; bytes are those of one sequence")
     if label is not None:
-        table.add_column(label, overflow="fold")
+        table.add_column(label)
     for heading in ("length", "exact match", "teacher-forced", "cache\nKiB", "cache\nB/token"):
         table.add_column(heading, justify="right", no_wrap=True)
+    named = None
     for row in rows:
+        name = None if label is None else _without_length(row[label]).replace(",", ", ").replace(":", ": ")  # so that it can be folded
         numbers = (f"{row['length']:,}", *(_percent(row[name]) for name in ("exact", "forced")))
         bytes_ = (f"{row['cache_bytes'] / 1024:,.1f}", f"{row['cache_bytes_per_token']:,.0f}")
-        table.add_row(*([_without_length(row[label])] if label is not None else []), *numbers, *bytes_)
+        table.add_row(*([] if name is None else ["" if name == named else name]), *numbers, *bytes_)
+        named = name
     return table
 
 
