@@ -12,54 +12,75 @@ from torch import Tensor, nn
 # Shapes: B rows, T tokens, left-padded, V vocabulary
 
 
+PIECE = 512
+"""Tokens of a prompt that are read at once."""
+
+
 class CacheSize(NamedTuple):
-    """What a cache took for one sequence at its largest."""
+    """What a cache took for one sequence."""
 
     held: float
-    """Bytes of what is remembered, as the model counts it; those of all tensors where it does not count."""
+    """Bytes of what is remembered when all has been read, as the model counts it; those of all tensors where it does not count."""
     allocated: float
-    """Bytes of all tensors that the cache keeps alive, with room that is spare."""
+    """Most bytes of tensors that the cache kept alive on the way, with room that is spare."""
     tokens: int
-    """Tokens that had been read by then, padding included."""
+    """Tokens that have been read, padding included."""
 
 
 def write_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], counts: Sequence[int], *, pad_id: int = 0
+    model: Any, prompts: Sequence[Sequence[int]], counts: Sequence[int], *, pad_id: int = 0, piece: int = PIECE
 ) -> tuple[list[list[int]], CacheSize]:
-    """Continue each prompt by its number of tokens, always the likeliest, read one at a time with the cache; also say what the cache took.
+    """Continue each prompt by its number of tokens, always the likeliest, and say what the cache took.
 
-    Rows of one length need no padding, and the sizes are then those of a row alone.
+    Prompts are read in pieces, so that a cache with a window never holds a whole one, then tokens one at a time, the last one too. Rows of
+    one length need no padding, and the sizes are then those of a row alone.
     """
-    device = next(model.parameters()).device
-    rest, longest = max(counts) - 1, max(map(len, prompts))
-    options = {"use_cache": True} | _kept(model, 1)
-    output = model(**_padded(model, prompts, pad_id, device), **options)
-    columns = [output.logits[:, -1].argmax(dim=-1)]
-    sizes = [cache_size(output.past_key_values, rows=len(prompts), tokens=longest)]
-    for step in range(1, rest + 1):
-        later = _padded(model, prompts, pad_id, device, more=step) | {"input_ids": columns[-1][:, None]}
-        output = model(**later, past_key_values=output.past_key_values, **options)
-        columns.append(output.logits[:, -1].argmax(dim=-1))
-    if rest:
-        sizes.append(cache_size(output.past_key_values, rows=len(prompts), tokens=longest + rest))
+    longest, new = max(map(len, prompts)), max(counts)
+    given = _padded(model, prompts, pad_id, more=new)
+    reader = _Reader(model, given)
+    stop = max(piece, longest - min(map(len, prompts)) + 1)  # the first piece has a token of every row
+    while reader.read < longest:
+        best_B = reader(given["input_ids"][:, reader.read : stop])
+        stop += piece
+    columns = []
+    for _ in range(new):
+        columns.append(best_B)
+        best_B = reader(best_B[:, None])
     written = torch.stack(columns, dim=1).tolist()
-    return [row[:count] for row, count in zip(written, counts, strict=True)], max(sizes)
+    held = reader.cache.bytes() if hasattr(reader.cache, "bytes") else allocated_bytes(reader.cache)
+    size = CacheSize(held / len(prompts), reader.allocated / len(prompts), reader.read)
+    return [row[:count] for row, count in zip(written, counts, strict=True)], size
+
+
+class _Reader:
+    """Reads rows piece by piece with one cache, and watches how large that becomes."""
+
+    def __init__(self, model: Any, given: dict[str, Tensor]) -> None:
+        self._model, self._given, self._options = model, given, {"use_cache": True} | _kept(model, 1)
+        self.cache: Any = None
+        self.read = self.allocated = 0
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Read on, and return the likeliest next token of every row (B,)."""
+        start, self.read = self.read, self.read + ids_BT.shape[1]
+        part = {"input_ids": ids_BT}
+        if "attention_mask" in self._given:
+            part["attention_mask"] = self._given["attention_mask"][:, : self.read]
+        if "position_ids" in self._given:
+            part["position_ids"] = self._given["position_ids"][:, start : self.read]
+        output = self._model(**part, past_key_values=self.cache, **self._options)
+        self.cache = output.past_key_values
+        self.allocated = max(self.allocated, allocated_bytes(self.cache))
+        best_B: Tensor = output.logits[:, -1].argmax(dim=-1)
+        return best_B
 
 
 def forced_hits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_id: int = 0) -> list[list[bool]]:
     """Return, for each answer, which of its tokens are the likeliest after the right ones before them, in one forward pass."""
-    device = next(model.parameters()).device
     most = max(map(len, answers))
     fed = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    best_BT = model(**_padded(model, fed, pad_id, device), **_kept(model, most)).logits[:, -most:].argmax(dim=-1).cpu()
+    best_BT = model(**_padded(model, fed, pad_id), **_kept(model, most)).logits[:, -most:].argmax(dim=-1).cpu()
     return [(best[most - len(answer) :] == torch.tensor(list(answer))).tolist() for best, answer in zip(best_BT, answers, strict=True)]
-
-
-def cache_size(cache: Any, *, rows: int, tokens: int) -> CacheSize:
-    """Count the bytes of a cache, a row's share of them."""
-    allocated = allocated_bytes(cache)
-    held = cache.bytes() if hasattr(cache, "bytes") else allocated
-    return CacheSize(held / rows, allocated / rows, tokens)
 
 
 def allocated_bytes(cache: Any) -> int:
@@ -89,18 +110,16 @@ def _kept(model: Any, count: int) -> dict[str, int]:
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _padded(model: Any, rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, more: int = 0) -> dict[str, Tensor]:
-    """Return rows padded on their left, and the mask and the positions that padding needs.
-
-    With `more` tokens that follow, the mask is that of all tokens and the positions are those of the newest one.
-    """
+def _padded(model: Any, rows: Sequence[Sequence[int]], pad_id: int, *, more: int = 0) -> dict[str, Tensor]:
+    """Return rows padded on their left, and where they are, the mask and positions of their tokens and of `more` that will follow."""
+    device = next(model.parameters()).device
     width = max(map(len, rows))
     padding = [width - len(row) for row in rows]
-    if not any(padding):
-        return {"input_ids": torch.tensor([list(row) for row in rows], device=device)}
     ids_BT = torch.tensor([[pad_id] * empty + list(row) for empty, row in zip(padding, rows, strict=True)], device=device)
+    if not any(padding):
+        return {"input_ids": ids_BT}
     place_BT = torch.arange(width + more, device=device) - torch.tensor(padding, device=device)[:, None]
     given = {"input_ids": ids_BT, "attention_mask": (place_BT >= 0).long()}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        given["position_ids"] = (place_BT[:, -1:] if more else place_BT).clamp(min=0)
+        given["position_ids"] = place_BT.clamp(min=0)
     return given

@@ -49,9 +49,11 @@ class Answer:
     forced: float
     """Share of the answer's tokens that were the likeliest after the right ones before them."""
     cache_bytes: float
-    """Bytes that the cache held for this sequence; see `CacheSize`."""
+    """Bytes that the cache held for this sequence when prompt and answer had been read."""
     cache_allocated: float
+    """Most bytes that it kept alive on the way."""
     cache_tokens: int
+    """Tokens that had been read, padding included."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -378,10 +380,9 @@ def _check_reach(model: Any, tasks: Iterable[LongTask], tokenizer: Any, *, sampl
                 raise ValueError(
                     f"the model's vocab_size={vocabulary}: its tokenizer writes token {max(last)} in a sample of {task.spec!r}"
                 )
-            needed = len(last) - 1
-            if context is not None and needed > context:
+            if context is not None and len(last) > context:
                 raise ValueError(
-                    f"length={task.length}: a sample of task {task.spec!r} takes {needed} tokens, "
+                    f"length={task.length}: a sample of task {task.spec!r} takes {len(last)} tokens, "
                     f"which must not be above the model's max_position_embeddings={context}"
                 )
     return total
