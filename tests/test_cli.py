@@ -63,9 +63,9 @@ def test_commands_and_their_options_stay_as_published():
         "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
-        "routes against budgets plot suite specs lengths samples batch budget device",
-        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget mmap device",
-        "trace": "folder texts files whole budget out mmap device",
+        "routes against budgets plot suite specs lengths samples batch budget branches device",
+        "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
+        "trace": "folder texts files whole budget branches out mmap device",
         "presets": "",
         "convert": "places to wrap_as tokenizer overrides",
         "bench": "name arguments",

@@ -144,8 +144,8 @@ def eval_(
     device: Device = None,
 ) -> None:
     """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or long contexts; or on lm-eval tasks."""
-    of_routes = {"--against": against, "--budgets": budgets, "--plot": plot}
-    of_long = {"--task": specs, "--lengths": lengths, "--samples": samples, "--batch": batch}
+    of_routes: dict[str, Any] = {"--against": against, "--budgets": budgets, "--plot": plot}
+    of_long: dict[str, Any] = {"--task": specs, "--lengths": lengths, "--samples": samples, "--batch": batch}
     own = {"routing": of_routes, "long-context": of_long}
     suites = _suites(suite, routes, tasks, own=own, not_routing={"--records": records, "--branches": branches})
     if "lm" in suites:
