@@ -12,6 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 
 T = TypeVar("T")
 
+RHYTHM = {"name", "out", "preset", "steps", "eval_every", "save_every", "keep_last", "log_every", "tensorboard", "gates"}
+"""Options that a resumed run may change without changing any number; `steps` has a rule of its own."""
+EXECUTION = {"micro_rows", "compile", "activation_checkpointing", "strategy", "unused_parameters"}
+"""Options that a resumed run may change and that change its numbers by rounding only."""
+
 
 class RunError(RuntimeError):
     """A run that had to stop; the message says why, what is safe and what to do."""

@@ -16,14 +16,10 @@ import torch
 import transformers
 
 import pathlm
-from pathlm.config import DataConfig, RunConfig, with_options
+from pathlm.config import EXECUTION, RHYTHM, DataConfig, RunConfig, with_options
 from pathlm.train.optim import first_difference, learning_rate
 
 FORMAT = 1
-RHYTHM = {"name", "out", "preset", "steps", "eval_every", "save_every", "keep_last", "log_every", "tensorboard", "gates"}
-"""Options that a resumed run may change without changing any number; `steps` has a rule of its own."""
-EXECUTION = {"micro_rows", "compile", "activation_checkpointing", "strategy", "unused_parameters"}
-"""Options that a resumed run may change and that change its numbers by rounding only."""
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
 
 

@@ -39,17 +39,22 @@ class Job:
     """The checkpoint whose weights the run starts from, and their sha256."""
 
 
-def start(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def start(config: RunConfig, *, resume: bool = False, console: Console | None = None, watch: sinks.Sink | None = None) -> RunResult:
     """Train, or continue, the run that `config` describes; return how it ended.
+
+    `watch` is called as a sink is, `(state, stage, metrics, model)` after every step and every evaluation, beside the run's own.
 
     Raises `ValueError` naming what cannot be used, before any work, and `RunError` when the run must stop: a number that is not
     finite, a checkpoint that cannot be written or read.
     """
-    return carry_out(config, resolve(config), resume=resume, console=console)
+    return carry_out(config, resolve(config), resume=resume, console=console, watch=watch)
 
 
-def resolve(config: RunConfig) -> Job:
-    """Open the data and look up the model's family; check that they fit each other."""
+def resolve(config: RunConfig, *, verify: bool = True) -> Job:
+    """Open the data and look up the model's family; check that they fit each other.
+
+    `verify` compares the corpus with its hashes, which reads it once.
+    """
     from pathlm.models import family, library
     from pathlm.text.mixture import open_rows
 
@@ -59,12 +64,12 @@ def resolve(config: RunConfig) -> Job:
     curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
     curriculum(config.steps, config=model_config)
     init = _find_init(config)
-    rows = open_rows(config.data, "train", seed=config.seed)
+    rows = open_rows(config.data, "train", seed=config.seed, verify=verify)
     validation = None
     notes: tuple[str, ...] = ()
     try:
         # Seed 0: runs that differ in their seed only are measured on the same rows.
-        validation = open_rows(config.data, "validation", seed=0, verify=False)  # just verified
+        validation = open_rows(config.data, "validation", seed=0, verify=False)
     except ValueError as error:
         notes = (f"no validation: {error}",)
     model_config = fit_to_rows(config, rows, partial(library.preset_for_data, config.preset))
@@ -121,7 +126,9 @@ def fit_to_rows(config: RunConfig, rows: Any, preset: Callable[..., Any]) -> Any
     return model_config
 
 
-def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def carry_out(
+    config: RunConfig, job: Job, *, resume: bool = False, console: Console | None = None, watch: sinks.Sink | None = None
+) -> RunResult:
     """Begin or continue the run of `job`, whatever family it comes from."""
     acc = parallel.accelerator(config)
     console = (console or Console()) if acc.is_main_process else Console(quiet=True)
@@ -152,6 +159,7 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
     if about := getattr(model, "about", ""):
         _say(console, about)
     with ExitStack() as stack:
+        told = [stack.enter_context(sink) for sink in _sinks(config, console, at)] if acc.is_main_process else []
         result = train(
             acc,
             model,
@@ -160,7 +168,7 @@ def carry_out(config: RunConfig, job: Job, *, resume: bool = False, console: Con
             curriculum=curriculum,
             param_groups=job.param_groups,
             config=config,
-            sinks=[stack.enter_context(sink) for sink in _sinks(config, console, at)] if acc.is_main_process else [],
+            sinks=told if watch is None else [*told, watch],
             tell_gates=_gate_reporter(config, console) if acc.is_main_process else None,
         )
     _say(console, _farewell(config, result))

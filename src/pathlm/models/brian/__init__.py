@@ -11,6 +11,7 @@ _HOMES = {
     "Model": ("modeling", "BrianForCausalLM"),
     "PRESETS": ("presets", "PRESETS"),
     "FROM_DATA": ("presets", "FROM_DATA"),
+    "check_start": ("convert", "check_start"),
     "cache_numbers_per_token": ("presets", "cache_numbers_per_token"),
     "flops_per_token": ("presets", "flops_per_token"),
     "Knobs": ("curriculum", "Knobs"),

@@ -151,27 +151,34 @@ def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
     if kind not in ("brian", "llama"):
         raise ValueError(f"init={str(folder)!r}: holds a {kind} model; BRIAN starts from a BRIAN or a Llama model")
     source = BrianForCausalLM.from_pretrained(folder) if kind == "brian" else _read(folder, {})
-    theirs = source.config
+    check_start(source.config, config, origin=f"init={str(folder)!r}")
+    weights = source.state_dict() if kind == "brian" else brian_weights(source.state_dict(), source.config.num_hidden_layers)
+    if not config.remembers_codes:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("codes.")}
+    return _with_pool(config, weights, source)
+
+
+def check_start(theirs: Any, config: BrianConfig, *, origin: str) -> None:
+    """Raise `ValueError` naming the first field in which a model of this configuration cannot begin with the weights of `theirs`.
+
+    `theirs` is the configuration of a BRIAN or a Llama model, `origin` how a message calls it.
+    """
     pool = getattr(theirs, "pool_blocks", 0)
     if config.num_hidden_layers != theirs.num_hidden_layers:
         said = f"pre_blocks={config.pre_blocks}, pool_blocks={config.pool_blocks}, post_blocks={config.post_blocks}"
-        raise ValueError(f"model: {said} must add up to the {theirs.num_hidden_layers} blocks of init={str(folder)!r}")
+        raise ValueError(f"model: {said} must add up to the {theirs.num_hidden_layers} blocks of {origin}")
     fixed = FITTING + (POOL_FIELDS if pool else ())
     for name in fixed:
         mine, its = getattr(config, name), getattr(theirs, name)
         if mine != its:
-            raise ValueError(f"model.{name}={mine!r}: init={str(folder)!r} has {its!r}, and its weights fit no other")
+            raise ValueError(f"model.{name}={mine!r}: {origin} has {its!r}, and its weights fit no other")
     if config.pool_blocks and not pool:
         _check_whole_path(config.max_route_steps, config.pool_blocks, where="model.")
-    weights = source.state_dict() if kind == "brian" else brian_weights(source.state_dict(), theirs.num_hidden_layers)
     if pool and not config.router_sees_position and config.max_route_steps != theirs.max_route_steps:
-        rule = f"init={str(folder)!r} has {theirs.max_route_steps}, and its router knows each step by its number"
+        rule = f"{origin} has {theirs.max_route_steps}, and its router knows each step by its number"
         raise ValueError(f"model.max_route_steps={config.max_route_steps}: {rule}")
     if isinstance(theirs, BrianConfig):
-        check_entry(theirs, config, where=f"init={str(folder)!r}")
-    if not config.remembers_codes:
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("codes.")}
-    return _with_pool(config, weights, source)
+        check_entry(theirs, config, where=origin)
 
 
 def to_llama(model: BrianForCausalLM) -> LlamaForCausalLM:

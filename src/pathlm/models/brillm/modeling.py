@@ -340,15 +340,23 @@ def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
 def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
     """Open the model in `folder` as the beginning of a run. Raises `ValueError` when it is not of the architecture of `config`."""
     found = BrillmConfig.from_pretrained(folder)
-    wiring = ("context", "timescales", "normalise", "keep_initial", "initial_signal", "position_scale", "beyond")
-    for name in ("vocab_size", "signal_size", *wiring, "arithmetic", "positions", "trained_positions"):
-        mine, theirs = getattr(config, name), getattr(found, name)
-        if mine != theirs:
-            raise ValueError(f"init={str(folder)!r}: its {name} is {theirs!r}, the run's is {mine!r}")
+    check_start(found, config, origin=f"init={str(folder)!r}")
     merged = deepcopy(config)
     merged.edges = found.edges
     model: BrillmForCausalLM = BrillmForCausalLM.from_pretrained(folder, config=merged)
     return model
+
+
+def check_start(found: Any, config: BrillmConfig, *, origin: str) -> None:
+    """Raise `ValueError` naming the first field in which a graph of this configuration cannot begin with the weights of `found`.
+
+    `found` is a model's configuration, `origin` how a message calls it.
+    """
+    wiring = ("context", "timescales", "normalise", "keep_initial", "initial_signal", "position_scale", "beyond")
+    for name in ("vocab_size", "signal_size", *wiring, "arithmetic", "positions", "trained_positions"):
+        mine, theirs = getattr(config, name), getattr(found, name)
+        if mine != theirs:
+            raise ValueError(f"{origin}: its {name} is {theirs!r}, the run's is {mine!r}")
 
 
 def _not_ids(input_ids: Tensor | None, given: dict[str, Any]) -> ValueError:
