@@ -62,6 +62,7 @@ def test_commands_and_their_options_stay_as_published():
         "demo": "folder overrides",
         "prepare": "sources out tokenizer vocab_size overwrite overrides",
         "train": "recipe overrides resume",
+        "experiment": "manifest rows seeds dry_run table_only",
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
         "routes against budgets plot suite specs lengths samples batch budget branches device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
@@ -75,7 +76,7 @@ def test_commands_and_their_options_stay_as_published():
 
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
-    from pathlm import bench, config, demo, evaluate, generate, trace, train
+    from pathlm import bench, config, demo, evaluate, experiment, generate, trace, train
     from pathlm.evaluate import harness, long_context, routing
     from pathlm.models import convert
     from pathlm.text import prepare
@@ -83,6 +84,7 @@ def twins(command):
     homes = {
         "prepare": (prepare.PrepareConfig, prepare.from_arguments),
         "train": (config.load, train.start),
+        "experiment": (experiment.run,),
         "eval": (evaluate.run, harness.run, routing.run, long_context.run),
         "generate": (generate.run, generate.read_prompts),
         "trace": (trace.run, generate.read_prompts),

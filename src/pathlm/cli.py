@@ -1,13 +1,16 @@
 """The `pathlm` command: thin doors. Each command parses, imports late and calls one function, so `--help` is instant and needs no torch."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
+
+N = TypeVar("N", int, float)
 
 
 class Doors(TyperGroup):
@@ -108,6 +111,22 @@ def train(
     raise typer.Exit(start(config, resume=resume, console=Console()).exit_code)
 
 
+@app.command()
+def experiment(
+    manifest: Annotated[Path, typer.Argument(metavar="FILE", help="A manifest: a recipe, rows of overrides, seeds.")],
+    rows: Annotated[str | None, typer.Option(metavar="NAME,…", help="Only these rows, and those they begin from.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,…", help="Only these seeds.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would be trained.")] = False,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Make the table of what is there; train nothing.")] = False,
+) -> None:
+    """Train and measure a table of runs, row after row; killed and repeated, it continues."""
+    from pathlm.experiment import run
+
+    given = _numbers("seeds", seeds, int)
+    names = None if rows is None else [name.strip() for name in rows.split(",")]
+    raise typer.Exit(run(manifest, rows=names, seeds=given, dry_run=dry_run, table_only=table_only, console=Console()).exit_code)
+
+
 @app.command("eval")
 def eval_(
     model_folder: Annotated[Path, typer.Argument(help="A run, a checkpoint, or any Hugging Face folder.")],
@@ -159,7 +178,7 @@ def eval_(
         from pathlm.evaluate import routing
 
         routing.run(
-            model_folder, corpus, split, against=against, budget=budget, budgets=_numbers("budgets", budgets), context=context,
+            model_folder, corpus, split, against=against, budget=budget, budgets=_numbers("budgets", budgets, float), context=context,
             stride=stride, max_documents=max_documents, max_tokens=max_tokens, plot=plot, device=device, console=Console(),
         )  # fmt: skip
     if "long-context" in suites:
@@ -308,12 +327,13 @@ def _shown(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def _numbers(name: str, text: str | None) -> list[float] | None:
-    """Read `0.4,0.7,1`."""
+def _numbers(name: str, text: str | None, kind: Callable[[str], N]) -> list[N] | None:
+    """Read numbers with commas between."""
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
+        return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be numbers with commas between, such as 0.4,0.7,1") from None
+        example = "0,1,2" if kind is int else "0.4,0.7,1"
+        raise ValueError(f"{name}={text!r}: must be numbers with commas between, such as {example}") from None
 
 
 def _whole_numbers(name: str, text: str | None) -> list[int] | None:

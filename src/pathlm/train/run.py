@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,7 +63,7 @@ def resolve(config: RunConfig, *, verify: bool = True) -> Job:
     package = family(model_config.model_type)
     curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
     curriculum(config.steps, config=model_config)
-    init = _find_init(config)
+    init = find_init(config)
     rows = open_rows(config.data, "train", seed=config.seed, verify=verify)
     validation = None
     notes: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ def resolve(config: RunConfig, *, verify: bool = True) -> Job:
     )
 
 
-def _find_init(config: RunConfig) -> dict[str, str] | None:
+def find_init(config: RunConfig) -> dict[str, str] | None:
     """Return where the weights are that `init` names (in a run: its best checkpoint, else its latest), and their hash."""
     if config.init is None:
         return None
@@ -134,7 +134,7 @@ def carry_out(
     console = (console or Console()) if acc.is_main_process else Console(quiet=True)
     _check_processes(config, acc)
     curriculum = job.curriculum(config.steps)
-    found = _existing(config, job, acc, resume=resume)
+    found = existing(config, job, _record(config, job, acc), resume=resume)
     at = checkpoint.newest(config.folder / "checkpoints") or 0
     seed_everything(config.seed)
     model = job.build() if at < config.steps else None  # before anything is written: weights of `init` may not fit
@@ -189,8 +189,8 @@ def _check_processes(config: RunConfig, acc: Accelerator) -> None:
         raise ValueError(f"precision='bf16': {torch.cuda.get_device_name(acc.device)} does not support it")
 
 
-def _existing(config: RunConfig, job: Job, acc: Accelerator, *, resume: bool) -> dict[str, Any] | None:
-    """Return the record of the run that the folder already holds, after checking that this configuration may continue it."""
+def existing(config: RunConfig, job: Job, new: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """Return the record of the run that the folder already holds, after checking that the run of record `new` may continue it."""
     file = config.folder / "run.json"
     if not file.is_file():
         # Rows or checkpoints without a record are not ours to continue or to overwrite.
@@ -204,7 +204,7 @@ def _existing(config: RunConfig, job: Job, acc: Accelerator, *, resume: bool) ->
         raise ValueError(f"name={config.name!r}: {config.folder} already holds a run; {rule}")
     found = record.read(file)
     at = checkpoint.newest(config.folder / "checkpoints") or 0
-    record.check_continues(found, _record(config, job, acc), step=at, curriculum=job.curriculum)
+    record.check_continues(found, new, step=at, curriculum=job.curriculum)
     return found
 
 
