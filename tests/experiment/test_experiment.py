@@ -272,6 +272,8 @@ def test_a_row_that_begins_from_a_stopped_one_is_not_begun(here, monkeypatch):
         ('"steps=2"', '"knobs.noise=-1.0"', "two.toml: row 'routed': knobs: noise=-1.0: must be"),
         ("[[rows]]", "[rows]", "two.toml"),
         ('recipe = "small.toml"', "", "recipe is missing"),
+        ('recipe = "small.toml"', 'recipe = "smal.toml"', "two.toml: recipe='smal.toml': there is no recipe file 'smal.toml'"),
+        ("seeds = [0, 1]", "evaluation = 3", r"two.toml: evaluation=3: write it as a section \[evaluation\]"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_before_anything_is_trained(here, old, new, message):

@@ -200,7 +200,7 @@ class Experiment:
 def read(file: Path | str) -> Experiment:
     """Read a manifest and every run that it describes.
 
-    Raises `FileNotFoundError` where there is none, or no such recipe, and `ValueError` naming the file, the row, the field, its value and
+    Raises `FileNotFoundError` where there is none, and `ValueError` naming the file, the row, the field, its value and
     the rule where something cannot be used.
     """
     file = Path(file)
@@ -228,11 +228,16 @@ def _experiment(table: dict[str, Any], file: Path) -> Experiment:
             raise ValueError(f"{name} is missing; a manifest needs a recipe and [[rows]]")
     if not isinstance(table["rows"], list) or not all(isinstance(row, Mapping) for row in table["rows"]):
         raise ValueError(f"rows={table['rows']!r}: write each as a section [[rows]]")
+    if not isinstance(table.get("evaluation", {}), Mapping):
+        raise ValueError(f"evaluation={table['evaluation']!r}: write it as a section [evaluation]")
     rows = [_row(row, number) for number, row in enumerate(table["rows"], start=1)]
     evaluation = with_options(EvaluationConfig, table.get("evaluation", {}), where="evaluation.")
     found = build_strict(Experiment, table | {"rows": rows, "evaluation": evaluation, "file": str(file)})
     beside = file.parent / found.recipe
-    return replace(found, recipe=str(find_recipe(beside if beside.is_file() else found.recipe)))
+    try:
+        return replace(found, recipe=str(find_recipe(beside if beside.is_file() else found.recipe)))
+    except FileNotFoundError as error:
+        raise ValueError(f"recipe={found.recipe!r}: {error}") from error
 
 
 def _row(table: Mapping[str, Any], number: int) -> Row:

@@ -17,6 +17,8 @@ from pathlm.experiment.manifest import Experiment, Run
 
 FILE = "experiment.json"
 FORMAT = 1
+OPEN = ("model.", "knobs.", "stages.", "data.tasks.")
+"""Sections of a configuration that hold what a recipe names and nothing else."""
 Number = float | int
 State = Literal["finished", "not measured", "unfinished", "not begun", "stopped", "refused", "changed"]
 End = Literal["finished", "stopped", "refused"]
@@ -121,7 +123,9 @@ def _differences(config: Mapping[str, Any], run: Run, *, besides: Sequence[str] 
     one, other = (dict(_flat({k: v for k, v in table.items() if k not in ignored})) for table in (config, _plain(run.config)))
     if run.before is not None:  # the folder of all runs may have moved
         one, other = ({**table, "init": Path(str(table.get("init"))).name} for table in (one, other))
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    # Of the fields that every configuration has, one that only one of them names is an option that another version of the library lacks.
+    named = {name for name in one.keys() ^ other.keys() if name.startswith(OPEN)}
+    return sorted(named | {name for name in one.keys() & other.keys() if one[name] != other[name]})
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
