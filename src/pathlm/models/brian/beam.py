@@ -161,7 +161,8 @@ class BeamRun(PoolRun):
         """
         config, blocks = self.pool.config, len(self.blocks)
         threshold = self.plan.threshold if self.plan.threshold.ndim == 0 else self.plan.threshold[token]
-        over_m = (gain_m - threshold) / self.pool.gain_scale.to(gain_m.dtype)
+        # No gradient: what staying is worth is measured. Taught by the text's loss, it would rise until nobody leaves.
+        over_m = (gain_m.detach() - threshold) / self.pool.gain_scale.to(gain_m.dtype)
         free_m = torch.full_like(token, step >= config.min_route_steps, dtype=torch.bool)
         if self.plan.stays_N is not None:
             free_m = free_m & ~self.plan.stays_N[token]

@@ -105,7 +105,7 @@ def _options(model: BrianForCausalLM, branch: Branch, step: int, budget: float |
     score_M = score_M + pool.load_bias.to(score_M.dtype)
     allowed = legal(model, branch.route)
     highest = max(score_M[block - 1] for block in allowed)
-    over = (gain - pool.threshold(budget).to(gain.dtype)) / pool.gain_scale
+    over = (gain.detach() - pool.threshold(budget).to(gain.dtype)) / pool.gain_scale
     free = step >= (config.min_route_steps or 1)
     stay = -torch.log1p(torch.exp(-over)) if free else torch.zeros_like(gain)
     blocks = [(stay + score_M[block - 1] - highest - config.beam_cost, block) for block in allowed]
