@@ -14,7 +14,7 @@ SMALL = [
     "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "data.length=32", "optim.warmup_steps=1",
     "model.hidden_size=32", "model.intermediate_size=48", "model.vocab_size=300", "model.max_position_embeddings=160",
 ]  # fmt: skip
-PHASES = ["text", "training", "evaluation", "sample", "routing", "routes", "graph", "signal"]
+PHASES = ["text", "training", "evaluation", "sample", "routing", "routes", "graph", "signal", "codes", "memory"]
 
 
 @pytest.fixture
@@ -69,6 +69,11 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     for step in result["signal"].steps[1:]:
         assert sum(number for _, number in step.parts) == pytest.approx(step.score, abs=1e-5)
     assert "pathlm trace runs/demo-graph" in shown
+    assert (result["codes"].step, result["codes"].folder.name) == (4, "demo-codes")
+    held = result["memory"]["bytes"]
+    assert held["codes"] < held["routed"] <= held["plain"]
+    assert f"{held['codes'] / held['plain']:.0%} of the plain decoder's" in " ".join(shown.split())
+    assert result["memory"]["codes"]["tokens"] == routes["routed"]["tokens"]
 
     again, shown = run()
     assert again["training"].finished_before
@@ -79,13 +84,15 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert again["paths"] == result["paths"]
     assert again["graph"].finished_before
     assert (again["energies"], again["signal"]) == (result["energies"], result["signal"])
+    assert again["codes"].finished_before
+    assert again["memory"] == result["memory"]
     assert "already prepared" in shown
-    assert shown.count("already measured") == 3
+    assert shown.count("already measured") == 4
 
 
 def test_overrides_concern_all_recipes_or_one(run):
-    result, _ = run("routed.steps=5", "plain.steps=2", "graph.steps=3", "graph.model.signal_size=4")
-    assert (result["training"].step, result["routing"].step, result["graph"].step) == (2, 5, 3)
+    result, _ = run("routed.steps=5", "plain.steps=2", "graph.steps=3", "graph.model.signal_size=4", "codes.steps=2")
+    assert [result[name].step for name in ("training", "routing", "graph", "codes")] == [2, 5, 3, 2]
 
 
 def interrupt_step(monkeypatch, number):
@@ -113,7 +120,7 @@ def test_stopped_by_ctrl_c_in_training_it_continues_there(run, monkeypatch):
 
     result, _ = run()
     assert result["exit_code"] == 0
-    assert len(calls) == 4 + (2 - stopped) + 4 + 4
+    assert len(calls) == 4 + (2 - stopped) + 4 + 4 + 4
     assert "evaluation" in result
 
 
@@ -141,7 +148,8 @@ def test_stopped_by_ctrl_c_in_the_graphs_training_it_continues_there(run, monkey
 
 
 @pytest.mark.parametrize(
-    "phase", ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths", "_compare_graph", "_show_signal"]
+    "phase",
+    ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths", "_compare_graph", "_show_signal", "_measure_memory"],
 )
 def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase):
     def stop(*_):
@@ -156,8 +164,8 @@ def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase)
     assert list(result["seconds"]) == PHASES
     assert ("already prepared" in shown) == (phase != "_prepare")
     assert result["training"].finished_before == (phase not in ("_prepare", "_train"))
-    last = ("_compare_graph", "_show_signal")
+    last = ("_compare_graph", "_show_signal", "_measure_memory")
     assert result["routing"].finished_before == (phase in ("_measure_routes", "_show_paths", *last))
     assert result["graph"].finished_before == (phase in last)
-    known = {"_sample": 1, "_measure_routes": 1, "_show_paths": 2, "_compare_graph": 2, "_show_signal": 3}
+    known = {"_sample": 1, "_measure_routes": 1, "_show_paths": 2, "_compare_graph": 2, "_show_signal": 3, "_measure_memory": 3}
     assert shown.count("already measured") == known.get(phase, 0)

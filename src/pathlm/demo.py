@@ -18,6 +18,7 @@ TEXT = "data-sotu"
 RECIPE = "plain-tiny"
 ROUTED = "brian-tiny-route"
 GRAPH = "brillm-tiny"
+CODES = "brian-tiny-codes"
 PROMPT = "My fellow citizens,"
 SPLIT = "test"
 """The checkpoint was chosen on the validation split, so it is judged on another one."""
@@ -29,22 +30,26 @@ SIGNAL = "The people of the United States have a right to work."
 """What the signal graph reads aloud, node by node."""
 ROUTE_TOKENS = 40_000
 """Of the first whole documents of the split: routes are measured on fewer tokens than losses."""
+READ, CHUNK = 512, 32
+"""Tokens of a text whose memory is weighed, and how many of them are read at a time."""
 
 
 def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), *, console: Console | None = None) -> dict[str, Any]:
     """Prepare the State of the Union addresses, train the recipe `plain-tiny` into `folder`, measure it beside n-grams, let it write.
 
     Then wrap it: the recipe `brian-tiny-route` puts its blocks into a pool, trains a router, and writes the run `folder` + `-routed`; what
-    it saves and which way tokens take is printed. Last, the recipe `brillm-tiny` trains a signal graph on the same tokens into `folder` +
-    `-graph`; it is measured on the same documents, and its signal is shown on its way along a sentence. Every phase is skipped or
-    continued where an earlier call, finished or stopped, has left something.
+    it saves and which way tokens take is printed. The recipe `brillm-tiny` trains a signal graph on the same tokens into `folder` +
+    `-graph`; it is measured on the same documents, and its signal is shown on its way along a sentence. Last, the recipe `brian-tiny-codes`
+    lets the routed model remember codes in the place of rows, into `folder` + `-codes`; what that costs and saves is printed. Every phase
+    is skipped or continued where an earlier call, finished or stopped, has left something.
 
-    `overrides` change fields of all recipes, for example `data.length=128`; `plain.steps=50`, `routed.steps=50` and `graph.steps=50` of
-    one. Those of `model` are for the two decoders, the vocabulary's size for all.
+    `overrides` change fields of all recipes, for example `data.length=128`; `plain.steps=50`, `routed.steps=50`, `graph.steps=50` and
+    `codes.steps=50` of one. Those of `model` are for the decoders, the vocabulary's size for all.
 
     Returns the run's `folder`, the `corpus`, how the `training` ended, the `evaluation`, the `sample`, how the `routing` ended, the
     `routes`, the `paths` of two sentences, how the training of the `graph` ended, its `energies` (what `evaluation` is of the decoder),
-    the path of its `signal`, the `seconds` of each phase, and `exit_code`: 0, or 128 + the signal that stopped a training
+    the path of its `signal`, how the training with `codes` ended, its `memory` beside the others', the `seconds` of each phase, and
+    `exit_code`: 0, or 128 + the signal that stopped a training
     (what follows it is then missing). Raises `ValueError` where `folder` or the corpus folder hold something that other settings made.
     """
     console = console or Console()
@@ -54,40 +59,48 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     routed = load(ROUTED, [*_of(overrides, "routed"), *_place(routed_folder), f"init={json.dumps(str(folder))}", "gates=warn"])
     graph_folder = folder.with_name(folder.name + "-graph")
     graph = load(GRAPH, [*_of(_for_graphs(overrides), "graph"), *_place(graph_folder)])
+    codes_folder = folder.with_name(folder.name + "-codes")
+    codes = load(CODES, [*_of(overrides, "codes"), *_place(codes_folder), f"init={json.dumps(str(routed_folder))}", "gates=warn"])
     corpus = Path(str(config.data.corpus))
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"folder": folder, "corpus": corpus, "seconds": seconds, "exit_code": 0}
-    with _phase(console, seconds, "1/8 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
+    with _phase(console, seconds, "1/10 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
         _prepare(config, corpus, console)
-    with _phase(console, seconds, "2/8 training", f"the recipe {RECIPE!r} into {folder}"):
+    with _phase(console, seconds, "2/10 training", f"the recipe {RECIPE!r} into {folder}"):
         result["training"] = _train(config, console)
     if result["training"].interrupted:
         return result | _stopped(result["training"], console)
-    with _phase(console, seconds, "3/8 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
+    with _phase(console, seconds, "3/10 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
         result["evaluation"] = _evaluate(folder, console)
-    with _phase(console, seconds, "4/8 sample", "what the model writes"):
+    with _phase(console, seconds, "4/10 sample", "what the model writes"):
         result["sample"] = _sample(folder, console)
-    with _phase(console, seconds, "5/8 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
+    with _phase(console, seconds, "5/10 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
         result["routing"] = _train(routed, console)
     if result["routing"].interrupted:
         return result | _stopped(result["routing"], console)
-    with _phase(console, seconds, "6/8 routes", "which blocks tokens visit, and what that saves"):
+    with _phase(console, seconds, "6/10 routes", "which blocks tokens visit, and what that saves"):
         result["routes"] = _measure_routes(folder, routed, console)
         result["paths"] = _show_paths(routed_folder, console)
-    with _phase(console, seconds, "7/8 graph", f"another kind of model, a graph of tokens: the recipe {GRAPH!r} into {graph_folder}"):
+    with _phase(console, seconds, "7/10 graph", f"another kind of model, a graph of tokens: the recipe {GRAPH!r} into {graph_folder}"):
         result["graph"] = _train(graph, console)
     if result["graph"].interrupted:
         return result | _stopped(result["graph"], console)
-    with _phase(console, seconds, "8/8 signal", "what it predicts beside the others, and its signal on its way along a sentence"):
+    with _phase(console, seconds, "8/10 signal", "what it predicts beside the others, and its signal on its way along a sentence"):
         result["energies"] = _compare_graph(graph_folder, result["evaluation"], console)
         result["signal"] = _show_signal(graph_folder, console)
+    with _phase(console, seconds, "9/10 codes", f"codes in the place of rows: the recipe {CODES!r} into {codes_folder}"):
+        result["codes"] = _train(codes, console)
+    if result["codes"].interrupted:
+        return result | _stopped(result["codes"], console)
+    with _phase(console, seconds, "10/10 memory", "what the three decoders remember of a text, and what the smallest memory costs"):
+        result["memory"] = _measure_memory(folder, routed_folder, codes, console)
     _farewell(folder, corpus, result, console)
     return result
 
 
 def _of(overrides: Sequence[str], recipe: str) -> list[str]:
     """Return the overrides that concern a recipe: those of all, then its own."""
-    of_all = [text for text in overrides if not text.startswith(("plain.", "routed.", "graph."))]
+    of_all = [text for text in overrides if not text.startswith(("plain.", "routed.", "graph.", "codes."))]
     return of_all + [text.removeprefix(f"{recipe}.") for text in overrides if text.startswith(f"{recipe}.")]
 
 
@@ -269,17 +282,62 @@ def _show_signal(folder: Path, console: Console) -> Any:
     return found[0][0]
 
 
+def _measure_memory(folder: Path, routed: Path, codes: RunConfig, console: Console) -> dict[str, Any]:
+    """Weigh what each decoder remembers of a text, and measure the one with codes on the documents of the routes; print both."""
+    from pathlm.evaluate.checkpoint import find_checkpoint
+
+    file = codes.folder / "demo.json"
+    identity = [*(str(find_checkpoint(place)) for place in (folder, routed, codes.folder)), ROUTE_TOKENS, READ, CHUNK]
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("of") == identity:
+        console.print("already measured", style="dim")
+    else:
+        found = {"of": identity} | _memories(folder, routed, codes)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    held, one = found["bytes"], found["routed"]
+    console.print(
+        f"[bold]{held['codes'] / 1e3:,.0f} kB kept of {READ} tokens, {held['codes'] / held['plain']:.0%} of the plain decoder's[/] "
+        f"{held['plain'] / 1e3:,.0f} kB (routed, with rows: {held['routed'] / 1e3:,.0f} kB); "
+        f"{found['codes']['bits_per_byte']:.4f} bits per byte against {one['bits_per_byte']:.4f} with rows "
+        f"({found['codes']['loss'] - one['loss']:+.4f} nats per token, {codes.steps * codes.batch_tokens / 1e6:.2f} M more tokens read)",
+        highlight=False,
+    )
+    return found
+
+
+def _memories(folder: Path, routed: Path, codes: RunConfig) -> dict[str, Any]:
+    import torch
+
+    from pathlm.evaluate.checkpoint import open_model
+    from pathlm.evaluate.routes import route_table
+    from pathlm.text.corpus import Corpus
+
+    corpus = Corpus.open(Path(str(codes.data.corpus)), verify=False)
+    how: dict[str, Any] = {"max_tokens": ROUTE_TOKENS, "context": codes.data.length, "stride": codes.data.length}
+    models = {name: open_model(place)[0] for name, place in (("plain", folder), ("routed", routed), ("codes", codes.folder))}
+    held = {}
+    for name, model in models.items():
+        memory: Any = None
+        for ids in torch.zeros(1, READ, dtype=torch.long, device=model.device).split(CHUNK, dim=1):
+            with torch.no_grad():
+                memory = model(ids, past_key_values=memory, use_cache=True, logits_to_keep=1).past_key_values
+        held[name] = memory.bytes()
+    scores = {name: asdict(route_table(models[name], corpus, SPLIT, **how).score()) for name in ("routed", "codes")}
+    return {"bytes": held} | scores
+
+
 def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Console) -> None:
     """Print the verdict, where everything is, and what to type next."""
     measured = result["evaluation"]
     ours, theirs = measured["model"]["bits_per_byte"], measured["ngrams"]["orders"]["3"]["bits_per_byte"]
     verdict = "better than" if ours < theirs else "not better than"
     console.print(f"\n[bold]{ours:.4f} bits per byte, {verdict} the 3-gram's {theirs:.4f}[/] ({ours - theirs:+.4f})", highlight=False)
-    routed, graph = (folder.with_name(folder.name + end) for end in ("-routed", "-graph"))
+    routed, graph, codes = (folder.with_name(folder.name + end) for end in ("-routed", "-graph", "-codes"))
     places = {
         "run": folder,
         "routed": routed,
         "graph": graph,
+        "codes": codes,
         "weights": folder / "checkpoints" / "best",
         "log": folder / "metrics.jsonl",
         "text": corpus,
