@@ -16,6 +16,7 @@ from test_routing_reference import DOCUMENTS, LABELS, ROW, SMALL, gradients, qui
 from pathlm.evaluate.checkpoint import open_model
 from pathlm.models.brian import reference
 from pathlm.models.brian.beam import BeamRun
+from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.reference_beam import read
 
 TINY = [replace(case, options=case.options | SMALL) for case in BRANCHED]
@@ -77,10 +78,20 @@ def test_the_branches_are_never_more_than_allowed(beams: int, monkeypatch: pytes
     assert in_pool <= 4 * LENGTH * beams * model.config.max_route_steps
 
 
+def test_in_a_share_of_training_passes_tokens_take_one_way_and_are_measured() -> None:
+    model, found = BRANCHED[0].build().train(), []
+    knobs = Knobs(route_beams=2, beam_share=0.5, probe_share=0.5, exit=0.1, budget=0.7)
+    torch.manual_seed(3)
+    for _ in range(12):
+        metrics = model(ids(2), labels=ids(2), knobs=knobs).metrics
+        found.append(("route/branches" in metrics, "loss/exit" in metrics))
+    assert set(found) == {(True, False), (False, True)}
+    model.eval()
+    assert all("route/branches" in model(ids(2), labels=ids(2), knobs=knobs).metrics for _ in range(4))
+
+
 @torch.no_grad()
 def test_the_number_of_branches_is_the_calls_or_the_knobs_or_the_configurations() -> None:
-    from pathlm.models.brian.curriculum import Knobs
-
     model, tokens = BRANCHED[0].build(), ids(2)
     two = model(tokens).logits
     one, four = (model(tokens, route_beams=n).logits for n in (1, 4))

@@ -231,7 +231,7 @@ def test_branches_come_last_in_a_curriculum_and_only_there() -> None:
     stages = curriculum("default", 1_000, config=Case("", "brian", both).config()).stages
     assert [stage.name for stage in stages][-3:] == ["narrowing", "codes", "parallel"]
     assert [stage.start.route_beams for stage in stages] == [1] * (len(stages) - 1) + [4]
-    assert stages[-1].start.local_window == 3 and stages[-1].start.probe_share == 0
+    assert stages[-1].start.local_window == 3 and stages[-1].start.beam_share == 0.5
     alone = curriculum("stage-6", 10, config=Case("", "brian", both).config())
     assert [stage.name for stage in alone.stages] == ["parallel"]
     with pytest.raises(ValueError, match="curriculum='stage-6'"):

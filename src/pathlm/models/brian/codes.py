@@ -77,14 +77,20 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw the adapters from normal(0, initializer_range); what heads add to them starts at zero."""
+        """Draw codes and adapters so that what is made of a code varies as a block's own keys and values; what heads add starts at zero."""
         for buffer, start in ((self.local_window, self.config.local_window), (self.local_share, 1.0)):
             init.copy_(buffer, torch.tensor(start, dtype=buffer.dtype, device=buffer.device))
+        width, code = self.config.hidden_size, self.config.code_width
+        if self.down is not None:
+            init.normal_(self.down.weight, std=width**-0.5)
+        std = self.config.initializer_range * (width / code) ** 0.5
+        for parameter in (self.turned_key.weight, self.key, self.value):
+            init.normal_(parameter, std=std)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_wide"):
                 init.zeros_(parameter)
-            else:
-                init.normal_(parameter, std=self.config.initializer_range)
+            elif name.endswith("_narrow"):
+                init.normal_(parameter, std=code**-0.5)
 
     def write(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Return what is remembered of tokens that enter the pool in states `h_BTD`: codes, and keys turned by their place (B, 1, T, W)."""

@@ -13,7 +13,7 @@ from pathlm.models.stages import Curriculum, Gate, Stage
 
 SHARES_OF_ALL = (
     "router_share", "pseudo", "exit_share", "random_depth", "other_share", "random_share", "probe_share", "listen", "threshold_rate",
-    "difficulty_rate",
+    "difficulty_rate", "beam_share",
 )  # fmt: skip
 """Knobs that are shares of something."""
 
@@ -53,6 +53,8 @@ class Knobs:
     """Share of the weight of these rows that counts; the rest is that of the same tokens' codes. None leaves what is."""
     route_beams: int | None = None
     """Branches a token may have at once; None is the configuration's number."""
+    beam_share: float = 1.0
+    """Share of passes, in training, in which tokens may have several; in the others they have one, and what it gains is measured."""
     top_k: int | None = None
     """Blocks per step, at most the configuration's `route_top_k`, which None means."""
     gate: float = 0.0
@@ -266,9 +268,9 @@ def _with(stage: Stage, values: dict[str, Any]) -> Stage:
 
 
 def _parallel_stage(config: BrianConfig, knobs: Knobs) -> Stage:
-    """Return the stage in which tokens take several ways at once. Their exits stay as they are: nothing measures what a branch gains."""
+    """Return the stage in which tokens take several ways at once. In every second pass they take one, so that exits are still measured."""
     gates = (Gate("validation/route/branches", "<=", float(config.route_beams), BOUNDED), BETTER)
-    return Stage("parallel", None, replace(knobs, route_beams=config.route_beams, probe_share=0.0, exit=0.0, gate=0.0), gates=gates)
+    return Stage("parallel", None, replace(knobs, route_beams=config.route_beams, beam_share=0.5), gates=gates)
 
 
 def _memory_stages(config: BrianConfig, knobs: Knobs) -> tuple[Stage, ...]:

@@ -93,7 +93,7 @@ def _codes(weights: dict[str, Tensor], config: BrianConfig) -> dict[str, Tensor]
         key_RGKD, value_RGKD = key_RGKD.mean(0, keepdim=True), value_RGKD.mean(0, keepdim=True)
     found |= {"codes.key": key_RGKD, "codes.value": value_RGKD, "codes.turned_key.weight": torch.zeros(width, config.code_width)}
     if (rank := config.code_delta_rank) > 0:
-        readers, std = _readers(config), config.initializer_range
+        readers, std = _readers(config), config.code_width**-0.5
         for name in ("key", "value"):
             found[f"codes.{name}_wide"] = torch.zeros(readers, heads, width, rank)
             found[f"codes.{name}_narrow"] = std * torch.randn(readers, heads, rank, config.code_width)

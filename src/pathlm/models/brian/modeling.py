@@ -213,8 +213,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError(f"route_beams={beams}: needs route_top_k=1, since a branch visits one block in each step")
         if depths is not None:
             raise ValueError(f"depths: with route_beams={beams} a token's branches leave when they choose to")
-        if knobs is not None and (knobs.router_share < 1 or knobs.probe_share or knobs.random_depth):
-            rule = "needs router_share=1, probe_share=0 and random_depth=0: branches follow no teacher and are not measured"
+        if knobs is not None and (knobs.router_share < 1 or knobs.random_depth):
+            rule = "needs router_share=1 and random_depth=0: branches follow no teacher and leave when they choose to"
             raise ValueError(f"route_beams={beams}: {rule}")
 
     def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,9 +150,12 @@ def travel(
         h_BTD, rotary = _last(journey, h_BTD, rotary)
     sight = journey.sight
     assert sight is not None
-    if not reads_codes and _beams(model, journey) == 1 and suits(model, h_BTD, journey):
+    beams = _beams(model, journey)
+    if not reads_codes and beams == 1 and suits(model, h_BTD, journey):
         h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, sight.mask, rows, journey.budget)
         return h_BTD
+    if beams > 1 and knobs is not None:
+        knobs = replace(knobs, probe_share=0.0)  # what a branch gains is not measured
     learns = journey.target_BT is not None and (model.training or knobs is None or knobs.router_share > 0 or knobs.imitation > 0)
     journey.plan = steer(
         pool, knobs, shape=(h_BTD.shape[0], h_BTD.shape[1]), input_ids=journey.input_ids,
@@ -160,7 +163,6 @@ def travel(
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
     around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
-    beams = _beams(model, journey)
     run = PoolRun(pool, model.pool_blocks, around, journey.plan)
     if beams > 1:
         run = BeamRun(pool, model.pool_blocks, around, journey.plan, beams=beams)
@@ -174,6 +176,8 @@ def _beams(model: Any, journey: Journey) -> int:
     found: int = model.config.route_beams
     if journey.knobs is not None and journey.knobs.route_beams is not None:
         found = journey.knobs.route_beams
+        if model.training and found > 1 and journey.knobs.beam_share < 1 and torch.rand(()) >= journey.knobs.beam_share:
+            found = 1
     return found if journey.beams is None else journey.beams
 
 
