@@ -194,7 +194,7 @@ def test_bench_lists_the_benchmarks_and_refuses_unknown_ones():
     assert "cli" in pathlm_command("bench").stdout
     refused = pathlm_command("bench", "nope", "--repeats", "1")
     assert refused.exit_code == 2
-    assert "there is no benchmark 'nope'; there are brillm, cli" in refused.stderr
+    assert "there is no benchmark 'nope'; there are branches, brillm, cli" in refused.stderr
 
 
 def test_convert_goes_to_llama_and_back(tmp_path):
