@@ -207,15 +207,15 @@ def peak(size: Size, case: Case, device: str, *, steps: int = 3) -> float:
     from benchmarks.decoder import trainer
 
     tokens = torch.randint(0, preset(size.plain, **size.fields).vocab_size, (size.rows, size.length), device=device)
-    before = 0 if device == "cuda" else _resident("VmRSS")
+    before = 0 if device == "cuda" else resident("VmRSS")
     model = case.build(size, device)
     step = trainer(model, tokens, compiled=False, **case.options(tokens))
     for _ in range(steps):
         step()
-    return (torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM") - before) / 1e6
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before) / 1e6
 
 
-def _resident(field_: str) -> int:
+def resident(field_: str) -> int:
     """Bytes in memory now (VmRSS) or at most since this program began (VmHWM). `ru_maxrss` would begin with the parent's peak."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
