@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from pathlm.models.brian.convert import start_from, wrap
 from pathlm.models.brian.curriculum import curriculum
 from pathlm.models.brian.memory import BrianCache
+from pathlm.models.brian.sight import Sight
 
 ROUTE = {"pool_blocks": 3, "max_route_steps": 4, "block_position_dim": 6}
 CODES = (
@@ -154,6 +155,13 @@ def test_with_windows_a_stream_takes_no_more_memory_than_its_beginning(memory: s
         largest.append(max(layer.capacity for layer in past.layers))  # type: ignore[union-attr]
     assert past.get_seq_length() == 1_200
     assert max(largest) == max(largest[:12]) < 400
+
+
+def test_what_a_window_shows_of_a_long_text_takes_no_table_of_all_of_it() -> None:
+    past = 10**13
+    slots = torch.cat((torch.arange(2), torch.arange(past - 3, past + 2)))
+    seen = Sight.of(2, past, None, slots.device).within(3, 1, slots)
+    assert seen is not None and seen[0, 0].int().tolist() == [[1, 0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 1, 1, 1]]
 
 
 def test_what_was_forgotten_cannot_be_taken_back() -> None:

@@ -20,13 +20,11 @@ class Sight:
     past: int
     device: torch.device
     mask: Tensor | None
-    """(B, 1, T, S); None where tokens see all before them"""
+    """(B, 1, T, S); None where tokens see all before them: then no table of all of them is made that a window does not need"""
 
     @classmethod
     def of(cls, tokens: int, past: int, segment_BS: Tensor | None, device: torch.device) -> Sight:
         """Return what tokens see whose documents have these numbers (B, S), -1 for padding; None where a row is one document."""
-        if segment_BS is None and past and tokens > 1:
-            segment_BS = torch.zeros(1, past + tokens, dtype=torch.long, device=device)
         return cls(tokens, past, device, None if segment_BS is None else causal_mask(tokens, segment_BS))
 
     def positions(self) -> Tensor:
@@ -40,15 +38,18 @@ class Sight:
         if tokens >= self.tokens:
             return self
         past = self.past + self.tokens - tokens
-        if self.mask is None:
-            return Sight.of(tokens, past, None, self.device)
-        return Sight(tokens, past, self.device, self.mask[:, :, -tokens:])
+        return Sight(tokens, past, self.device, None if self.mask is None else self.mask[:, :, -tokens:])
 
     def within(self, window: int, sinks: int = 0, slots: Tensor | None = None) -> Tensor | None:
         """Return which tokens (B, 1, T, C) are seen in a window over the newest and over the first ones; a window of 0 is over all.
 
-        `slots` (C,) are the tokens that are still remembered, None for all S. None is returned where everybody sees all before it.
+        `slots` (C,) are the tokens that are still remembered, None for all S. None is returned where everybody sees all before it and no
+        mask is needed to say so: all S tokens are new, or one is.
         """
+        if self.mask is None and not window:
+            if not self.past or self.tokens == 1:
+                return None
+            window = self.past + self.tokens
         if not window:
             return self.mask
         if self.mask is None:

@@ -44,9 +44,12 @@ class Table:
         self._local: tuple[Tensor, Tensor] | None = None
         if around.memory is not None:
             around.memory.extend(h_BTD.new_empty(()).expand(self.rows, groups, self.tokens, width))
-        self.mask: Tensor | None = around.sight.mask
-        if self.codes is not None:
-            self.mask = self._mixed_mask(self.codes, h_BTD) if groups else code_mask(self.codes, around.code_rows, around.sight)
+        if self.codes is None:
+            self.mask = around.sight.within(0)
+        elif groups:
+            self.mask = self._mixed_mask(self.codes, h_BTD)
+        else:
+            self.mask = code_mask(self.codes, around.code_rows, around.sight)
 
     def _mixed_mask(self, codes: Codes, h_BTD: Tensor) -> Tensor:
         """Return who reads which codes, then which rows (B, 1, T, S + S'): as a bool, or where rows fade, as what is added to scores."""
