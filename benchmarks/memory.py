@@ -8,7 +8,8 @@
 buffers have allocated besides (`spare room`), and what one more token adds for good (`lasting`; what a window holds does not grow). Only
 the vocabulary and the MLPs, which no cache depends on, are smaller than they are in the presets.
 *prefill*: one row of 4,096 tokens in one pass, of which the last one's logits are asked for, as before writing; models of whole size.
-*stream*: a process of its own reads 100,000 tokens in chunks, with windows in all blocks; the peak of its memory above what it held before.
+*stream*: a process of its own reads 100,000 tokens in chunks, with windows in all blocks (12 of width 64); the peak of its memory above
+what it held before.
 *train*, *decode*: the models of `pathlm bench route`. A training step is forward, loss, backward, clipping and AdamW, with routes drawn
 evenly; decoding goes on greedily after 512 and 4,096 tokens, all route steps, each time from the same memory.
 """

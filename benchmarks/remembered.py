@@ -40,6 +40,8 @@ class Extent:
     """Tokens before those that are decoded"""
     stream: tuple[int, ...]
     """Tokens after which a stream's memory is looked at"""
+    narrow: dict[str, Any]
+    """What replaces fields of the model that is trained where it reads a stream"""
     chunk: int
     """Tokens that a stream reads at once"""
     window: int
@@ -47,10 +49,12 @@ class Extent:
 
 
 _TINY = SIZES["tiny"].fields
+_NARROW = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 2}
+_STREAM = (10_000, 50_000, 100_000)
 EXTENTS = {
-    "cpu": Extent(("plain-125m", "brian-r125"), {}, "cpu", 2_048, 4_096, (512, 4_096), (10_000, 50_000, 100_000), 500, 64),
-    "cuda": Extent(("plain-125m", "brian-r125"), {}, "cuda", 2_048, 4_096, (512, 4_096), (10_000, 50_000, 100_000), 500, 64),
-    "tiny": Extent(("plain-tiny", "brian-tiny"), _TINY, "tiny", 768, 24, (5, 70), (300, 600, 900), 50, 64),
+    "cpu": Extent(("plain-125m", "brian-r125"), {}, "cpu", 2_048, 4_096, (512, 4_096), _STREAM, _NARROW, 500, 64),
+    "cuda": Extent(("plain-125m", "brian-r125"), {}, "cuda", 2_048, 4_096, (512, 4_096), _STREAM, {}, 500, 64),
+    "tiny": Extent(("plain-tiny", "brian-tiny"), _TINY, "tiny", 768, 24, (5, 70), (300, 600, 900), {}, 50, 64),
 }
 _SHAPE = {"pre_blocks": ENDS[0], "pool_blocks": POOL, "post_blocks": ENDS[1], "max_route_steps": POOL, "block_position_dim": 64}
 
@@ -146,7 +150,7 @@ def streamed(extent: Extent, name: str, device: str) -> list[dict[str, float]]:
 
     In bytes, with those of the cache beside them, and the tokens read per second.
     """
-    model = as_trained(extent, name, device, **windowed(extent, name)).eval()
+    model = as_trained(extent, name, device, **extent.narrow | windowed(extent, name)).eval()
     model = model.bfloat16() if device == "cuda" else model
     tokens = torch.randint(0, model.config.vocab_size, (1, extent.stream[-1]), generator=torch.Generator().manual_seed(0)).to(device)
     before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
