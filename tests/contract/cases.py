@@ -201,6 +201,11 @@ ROUTED = (
     Case("1 block", "brian", {"pool_blocks": 1, "max_route_steps": 3}),
     Case("1 step", "brian", {"pool_blocks": 3, "max_route_steps": 1}),
     Case("1 block, 1 step, no other", "brian", {"pool_blocks": 1, "max_route_steps": 1, "pre_blocks": 0, "post_blocks": 0}),
+    Case(
+        "few rows and codes, one block at a time",
+        "brian",
+        FACTORS["memory"]["few rows and codes"] | {"pool_blocks": 4, "max_route_steps": 4, "code_dim": 6, "num_key_value_heads": 2},
+    ),
     Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
 )
 

@@ -18,6 +18,7 @@ from pathlm.models.brian.beam import BeamRun
 from pathlm.models.brian.codes import Codes
 from pathlm.models.brian.memory import BlockMemory, CodeMemory, NewestRows, PoolMemory
 from pathlm.models.brian.modeling import BrianForCausalLM
+from pathlm.models.brian.outlook import Outlook
 from pathlm.models.brian.pool import PoolRun
 from pathlm.models.brian.routing import RoutePool
 from pathlm.models.brian.sight import Sight
@@ -152,11 +153,11 @@ def unsettled(self: Any, steps: int, sound: Any) -> None:
     """While tokens are written one by one, later steps do not see the row of one that left."""
 
 
-def mixed_up(self: Any, stay: Any, sound: Any) -> None:
+def mixed_up(self: Any, index: Tensor, row_n: Any, sound: Any) -> None:
     """Those that go on in the pool do so with the memory of the first rows."""
-    sound(self, stay)
-    self.index_n = torch.arange(len(stay))
-    self.cuts = [0, len(stay), self.batch - len(stay)]
+    sound(self, index, row_n)
+    self.index_n = torch.arange(len(row_n))
+    self.cuts = [0, len(row_n), self.batch - len(row_n)]
 
 
 def shared(self: Any, step: int, groups: int, sound: Any) -> Any:
@@ -208,7 +209,7 @@ ROUTE_FAULTS = (
     (PoolMemory, "write", unheard, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "one_row_is_decoded_as_many_are"),
     (NewestRows, "settle", unsettled, "rows_are_written_together_as_they_are_read"),
-    (walk._Band, "keep", mixed_up, "rows_are_written_together_as_they_are_read"),
+    (Outlook, "keep", mixed_up, "rows_are_written_together_as_they_are_read"),
     (PoolMemory, "write_some", unheard, "decoding_in_any_chunks_is_one_forward_pass"),
     (PoolMemory, "version", shared, "decoding_in_any_chunks_is_one_forward_pass"),
     (PoolMemory, "newest", confused, "generation_with_and_without_memory_agrees"),

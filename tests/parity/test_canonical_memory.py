@@ -13,6 +13,7 @@ from cases import LENGTH, Case, ids
 from checks import counting
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
+from pathlm.models.brian import travel
 from pathlm.models.brian.convert import start_from, wrap
 from pathlm.models.brian.curriculum import curriculum
 from pathlm.models.brian.memory import BrianCache
@@ -155,6 +156,27 @@ def test_with_windows_a_stream_takes_no_more_memory_than_its_beginning(memory: s
         largest.append(max(layer.capacity for layer in past.layers))  # type: ignore[union-attr]
     assert past.get_seq_length() == 1_200
     assert max(largest) == max(largest[:12]) < 400
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("memory", "share"), [("canonical", 1.0), ("local+canonical", 1.0), ("local+canonical", 0.4)])
+def test_rows_are_written_token_by_token_as_they_are_read_when_much_is_forgotten(
+    memory: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = {"local_window": 3} if memory == "local+canonical" else {}
+    options = {"memory": memory, "code_window": 8, "code_sinks": 2, "attention_window": 8, "attention_sinks": 1, "code_dim": 6} | near
+    model = Case("", "brian", ROUTE | options, local_share=share).build()
+    walked, walk = [], travel.walk
+    monkeypatch.setattr(travel, "walk", lambda *given: walked.append(len(given[2])) or walk(*given))
+    tokens = ids(3, 320)
+    whole = model(tokens, use_cache=False).logits
+    for rows in (tokens, tokens[:1]):
+        past = model(rows[:, :240], use_cache=True, logits_to_keep=1).past_key_values
+        for t in range(240, 320):
+            out = model(rows[:, t : t + 1], past_key_values=past)
+            torch.testing.assert_close(out.logits[:, 0], whole[: len(rows), t], rtol=0, atol=1e-10)
+        assert max(layer.held for layer in past.layers) < 240
+    assert walked == [3] * 80 + [1] * 80
 
 
 def test_what_a_window_shows_of_a_long_text_takes_no_table_of_all_of_it() -> None:

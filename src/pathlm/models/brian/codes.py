@@ -14,7 +14,7 @@ from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.layers import Block, RMSNorm, rotate
 
 # Shapes: B rows, T tokens, S tokens remembered, n any tokens, D width, C numbers in a code, H heads, G key/value heads, K head width,
-# r rank, A adapters, W = C + K width of what is remembered of a token
+# A adapters, W = C + K width of what is remembered of a token
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Codes(nn.Module):
         self.register_buffer("local_share", torch.tensor(1.0))
         width, code, head = config.hidden_size, config.code_width, config.head_dim
         heads, groups, rank = config.num_attention_heads, config.num_key_value_heads, config.code_delta_rank
+        self.width, self.rank = code, rank  # a configuration's attributes answer slowly
         assert head is not None and groups is not None
         readers = config.pool_blocks + (config.post_blocks if config.post_memory == "canonical" else 0)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
@@ -102,21 +103,31 @@ class Codes(nn.Module):
 
     def ask(self, reader: int, query_nHK: Tensor) -> Tensor:
         """Return the queries of a block, not turned, as questions to codes (n, H, C)."""
-        adapter = self.key[reader if len(self.key) > 1 else 0]
-        asked = torch.einsum("nghk,gkc->nghc", query_nHK.unflatten(1, (len(adapter), -1)), adapter.to(query_nHK.dtype)).flatten(1, 2)
-        if not self.config.code_delta_rank:
+        asked = _by_group(query_nHK, self.key[reader if len(self.key) > 1 else 0])
+        if not self.rank:
             return asked
-        inner = torch.einsum("nhk,hkr->nhr", query_nHK, self.key_wide[reader].to(query_nHK.dtype))
-        return asked + torch.einsum("nhr,hrc->nhc", inner, self.key_narrow[reader].to(query_nHK.dtype))
+        return asked + _by_group(_by_group(query_nHK, self.key_wide[reader]), self.key_narrow[reader])
 
     def answer(self, reader: int, read_nHC: Tensor) -> Tensor:
         """Return mixtures of codes as mixtures of a block's values (n, H, K)."""
-        adapter = self.value[reader if len(self.value) > 1 else 0]
-        told = torch.einsum("nghc,gkc->nghk", read_nHC.unflatten(1, (len(adapter), -1)), adapter.to(read_nHC.dtype)).flatten(1, 2)
-        if not self.config.code_delta_rank:
+        told = _by_group(read_nHC, self.value[reader if len(self.value) > 1 else 0].mT)
+        if not self.rank:
             return told
-        inner = torch.einsum("nhc,hrc->nhr", read_nHC, self.value_narrow[reader].to(read_nHC.dtype))
-        return told + torch.einsum("nhr,hkr->nhk", inner, self.value_wide[reader].to(read_nHC.dtype))
+        return told + _by_group(_by_group(read_nHC, self.value_narrow[reader].mT), self.value_wide[reader].mT)
+
+    def heard(self, reader: int, read_nHW: Tensor, *, with_rows: bool) -> Tensor:
+        """Return what a block's heads make of what they have read (n, H · K): mixtures of codes, and those of rows, if any were read."""
+        told = self.answer(reader, read_nHW[..., : self.width])
+        return (told + read_nHW[..., self.width :] if with_rows else told).flatten(1)
+
+
+def _by_group(x_nHX: Tensor, matrix_GXY: Tensor) -> Tensor:
+    """Multiply what heads hold with the matrix of their group (n, H, Y)."""
+    n, heads, _ = x_nHX.shape
+    groups, matrix_GXY = len(matrix_GXY), matrix_GXY.to(x_nHX.dtype)
+    if n == 1:  # a row alone is in the order of groups already
+        return torch.bmm(x_nHX.view(groups, heads // groups, -1), matrix_GXY).view(1, heads, -1)
+    return torch.einsum("nghx,gxy->nghy", x_nHX.unflatten(1, (groups, -1)), matrix_GXY).flatten(1, 2)
 
 
 def question(asked: Tensor, turned: Tensor) -> Tensor:

@@ -47,25 +47,9 @@ class Table:
         if self.codes is None:
             self.mask = around.sight.within(0)
         elif groups:
-            self.mask = self._mixed_mask(self.codes, h_BTD)
+            self.mask = torch.cat(mixed_masks(around, h_BTD.dtype), dim=-1)
         else:
             self.mask = code_mask(self.codes, around.code_rows, around.sight)
-
-    def _mixed_mask(self, codes: Codes, h_BTD: Tensor) -> Tensor:
-        """Return who reads which codes, then which rows (B, 1, T, S + S'): as a bool, or where rows fade, as what is added to scores."""
-        around, config, (window, share) = self.around, codes.config, codes.reach
-        assert around.code_rows is not None
-        every = around.sight.past + self.tokens
-        slots, row_slots = around.code_rows.slots, None if around.memory is None else around.memory.slots(0)
-        as_codes = around.sight.within(config.code_window or every, config.code_sinks, slots)
-        near = around.sight.within(window or every, 0, slots)
-        as_rows = near if row_slots is slots else around.sight.within(window or every, 0, row_slots)
-        assert as_codes is not None and near is not None and as_rows is not None
-        if share == 1:
-            return torch.cat((as_codes & ~near, as_rows), dim=-1)
-        code, row = torch.tensor([1 - share, share], dtype=h_BTD.dtype, device=h_BTD.device).log()
-        never = torch.full_like(code, -torch.inf)
-        return torch.cat((torch.where(as_codes, torch.where(near, code, 0.0), never), torch.where(as_rows, row, never)), dim=-1)
 
     def rewrite(self, step: int, key: Tensor, value: Tensor) -> None:
         """Rewrite the rows of all new tokens (B, G, T, K)."""
@@ -158,10 +142,7 @@ class Table:
         """Return what a block's heads make of what they have read (n, H · X), as mixtures of values (n, H · K)."""
         if self.codes is None:
             return read_nX
-        code = self.codes.config.code_width
-        read_nHW = read_nX.unflatten(1, (-1, code + self.width))
-        told = self.codes.answer(reader, read_nHW[..., :code])
-        return (told if self._local is None else told + read_nHW[..., code:]).flatten(1)
+        return self.codes.heard(reader, read_nX.unflatten(1, (-1, self.codes.width + self.width)), with_rows=self._local is not None)
 
     def slot(self, place: Tensor) -> Tensor:
         """Return the columns of the memory in which the tokens at `place` stand."""
@@ -201,3 +182,20 @@ class Table:
 def code_mask(codes: Codes, rows: CodeRows | None, sight: Sight) -> Tensor | None:
     """Return which codes tokens see that read nothing else (B, 1, T, S); None where they see those of all tokens up to them."""
     return sight.within(codes.config.code_window, codes.config.code_sinks, None if rows is None else rows.slots)
+
+
+def mixed_masks(around: Surroundings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return who reads which codes (B, 1, T, S) and which rows (B, 1, T, S'): as bools, or where rows fade, as what is added to scores."""
+    sight, codes, code_rows = around.sight, around.codes, around.code_rows
+    assert codes is not None and code_rows is not None
+    config, (window, share), every = codes.config, codes.reach, sight.past + sight.tokens
+    slots, row_slots = code_rows.slots, None if around.memory is None else around.memory.slots(0)
+    as_codes = sight.within(config.code_window or every, config.code_sinks, slots)
+    near = sight.within(window or every, 0, slots)
+    as_rows = near if row_slots is slots else sight.within(window or every, 0, row_slots)
+    assert as_codes is not None and near is not None and as_rows is not None
+    if share == 1:
+        return as_codes & ~near, as_rows
+    code, row = torch.tensor([1 - share, share], dtype=dtype, device=sight.device).log()
+    never = torch.full_like(code, -torch.inf)
+    return torch.where(as_codes, torch.where(near, code, 0.0), never), torch.where(as_rows, row, never)

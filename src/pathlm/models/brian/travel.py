@@ -151,8 +151,9 @@ def travel(
     sight = journey.sight
     assert sight is not None
     beams = _beams(model, journey)
-    if not reads_codes and beams == 1 and suits(model, h_BTD, journey):
-        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, rotary, sight.mask, rows, journey.budget)
+    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
+    if beams == 1 and (memory is not None or not reads_codes) and suits(model, h_BTD, journey):
+        h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, around, journey.budget)
         return h_BTD
     if beams > 1 and knobs is not None:
         knobs = replace(knobs, probe_share=0.0)  # what a branch gains is not measured
@@ -162,7 +163,6 @@ def travel(
         target_N=None if journey.target_BT is None else journey.target_BT.flatten(), budget=journey.budget, training=model.training,
         depths=journey.depths, record=journey.trace or (learns and _routed(knobs)),
     )  # fmt: skip
-    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
     run = PoolRun(pool, model.pool_blocks, around, journey.plan)
     if beams > 1:
         run = BeamRun(pool, model.pool_blocks, around, journey.plan, beams=beams)

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
-from pathlm.models.brian.memory import NewestRows, PoolMemory
+from pathlm.models.brian.memory import NewestRows
+from pathlm.models.brian.outlook import Outlook
 from pathlm.models.brian.positions import IN
 from pathlm.models.brian.routing import RoutePool
-from pathlm.models.layers import attend, rotate, turned
+from pathlm.models.brian.table import Surroundings
+from pathlm.models.layers import rotate
 
 # Shapes: B rows of one token each, n of them still in the pool in the order of rows, D width, P width of positions, M pool blocks,
-# A = M + 1 outputs of the router, L places in the pool (IN, blocks, OUT), H heads, G key/value heads, K head width, S tokens attended
+# A = M + 1 outputs of the router, L places in the pool (IN, blocks, OUT)
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,15 @@ def suits(model: Any, h_BTD: Tensor, journey: Any) -> bool:
     return tabled and config.route_top_k == 1
 
 
-def walk(
-    pool: RoutePool, blocks: list[Any], h_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, memory: PoolMemory | None,
-    budget: float | None,
-) -> tuple[Tensor, int]:  # fmt: skip
+def walk(pool: RoutePool, blocks: list[Any], h_BTD: Tensor, around: Surroundings, budget: float | None) -> tuple[Tensor, int]:
     """Send one token per row (B, 1, D) through the pool.
 
     Returns the hidden states as they leave it, and how many blocks were run, summed over tokens. The same choices as `PoolRun` makes, read
     off one small array per step.
     """
     posts, config = signposts_of(pool), vars(pool.config)  # a configuration's attributes answer slowly
-    threshold, rows = posts.threshold(pool, budget), None
-    if memory is not None:
-        rows = memory.newest(h_BTD.new_empty(()).expand(len(h_BTD), config["num_key_value_heads"], 1, blocks[0].width))
-    band = _Band(h_BTD[:, 0], rotary, mask, rows, blocks[0].heads)
+    threshold, outlook = posts.threshold(pool, budget), Outlook(around, blocks[0], len(h_BTD), h_BTD)
+    band, rows = _Band(h_BTD[:, 0], outlook), outlook.rows
     if len(h_BTD) == 1 and h_BTD.device.type == "cpu":
         left = [_alone(posts, config, blocks, band, threshold)]
     else:
@@ -90,7 +87,7 @@ def walk(
     if rows is not None:
         rows.settle(left[-1].steps)
         if config["left_rows"] == "refreshed":
-            _refresh(rows, pool, blocks, rotary, left)
+            _refresh(rows, pool, blocks, around.rotary, left)
     h_BD, place_B = left[0].h_nD, left[0].place_n
     if len(left) > 1:
         order = np.argsort(np.concatenate([group.row_n for group in left]))
@@ -119,7 +116,7 @@ def _alone(posts: Signposts, config: dict[str, Any], blocks: list[Any], band: _B
         if cap and repeats >= cap:
             score_M[place - 1] = -np.inf
         best = int(score_M.argmax())
-        band.visit_one(blocks[best], None if posts.adapted is None else posts.adapted[best * (len(blocks) + 2) + place], step)
+        band.visit_one(best, blocks[best], None if posts.adapted is None else posts.adapted[best * (len(blocks) + 2) + place], step)
         repeats = repeats + 1 if place == best + 1 else 1
         place = best + 1
     return _Left(None, band.h_nD, place, longest)
@@ -174,72 +171,44 @@ def _refresh(rows: NewestRows, pool: RoutePool, blocks: list[Any], rotary: tuple
 class _Band:
     """The tokens still in the pool, and what they see."""
 
-    def __init__(self, h_nD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, rows: NewestRows | None, heads: int) -> None:
-        self.h_nD, self.batch = h_nD, len(h_nD)
+    def __init__(self, h_nD: Tensor, outlook: Outlook) -> None:
+        self.h_nD, self.batch, self.outlook = h_nD, len(h_nD), outlook
         self.row_n: np.ndarray | None = None
         """Their rows in the batch; None while these are all"""
-        self.rotary, self.mask, self.rows, self.heads = rotary, mask, rows, heads
-        self.index_n: Tensor | None = None
-        self.cuts: list[int] = []
-        """How many neighbouring rows have left, are still here, have left, …"""
 
     def keep(self, stay: np.ndarray) -> None:
         """Let only those at the indices `stay` go on."""
         index = _index(stay, self.h_nD)
         self.h_nD = self.h_nD.index_select(0, index)
-        cos, sin = self.rotary
-        if cos.shape[0] > 1:
-            self.rotary = cos.index_select(0, index), sin.index_select(0, index)
-        if self.mask is not None and self.mask.shape[0] > 1:
-            self.mask = self.mask.index_select(0, index)
         self.row_n = stay if self.row_n is None else self.row_n[stay]
-        self.index_n = _index(self.row_n, self.h_nD)
-        here = np.zeros(self.batch + 2, dtype=bool)
-        here[self.row_n + 1] = True
-        edge = np.flatnonzero(here[1:] != here[:-1])
-        self.cuts = np.diff(edge, prepend=0, append=self.batch).tolist()
+        self.outlook.keep(index, self.row_n)
 
-    def visit_one(self, block: Any, added: Tensor | None, step: int) -> None:
+    def visit_one(self, number: int, block: Any, added: Tensor | None, step: int) -> None:
         """Run one block on all of them. `added` (n, D) or (D,) is what their places add to its input."""
-        x_nD = self.h_nD if added is None else self.h_nD + added
-        self.h_nD = block.finish(self.h_nD, self._attended(block.project(x_nD), step))
+        x_nD, outlook = self.h_nD if added is None else self.h_nD + added, self.outlook
+        self.h_nD = block.finish(self.h_nD, outlook.heard(number, outlook.read(*outlook.project(number, block, x_nD), step)))
 
     def visit(self, blocks: list[Any], best_n: np.ndarray, place_n: np.ndarray, step: int, adapted: Tensor | None) -> None:
         """Run the chosen blocks: all write their rows, then all read."""
         added = None if adapted is None else _at(adapted, best_n * (len(blocks) + 2) + place_n)
         first = int(best_n[0])
         if (best_n == first).all():
-            self.visit_one(blocks[first], added, step)
+            self.visit_one(first, blocks[first], added, step)
             return
-        h_nD = self.h_nD
+        h_nD, outlook = self.h_nD, self.outlook
         x_nD = h_nD if added is None else h_nD + added
         order = np.argsort(best_n, kind="stable")
         counts = np.bincount(best_n)
-        chosen = [blocks[i] for i in np.flatnonzero(counts)]
+        chosen = np.flatnonzero(counts).tolist()
         sizes = counts[counts > 0].tolist()
         there, back = _index(order, h_nD), _index(np.argsort(order), h_nD)
         parts = x_nD.index_select(0, there).split(sizes)
-        qkv = torch.cat([block.project(x) for block, x in zip(chosen, parts, strict=True)]).index_select(0, back)
-        read = self._attended(qkv, step).index_select(0, there).split(sizes)
+        qkv, asked = zip(*(outlook.project(i, blocks[i], x) for i, x in zip(chosen, parts, strict=True)), strict=True)
+        asks = None if asked[0] is None else torch.cat(asked).index_select(0, back)
+        read = outlook.read(torch.cat(qkv).index_select(0, back), asks, step).index_select(0, there).split(sizes)
         parts = h_nD.index_select(0, there).split(sizes)
-        parts = [block.finish(h, r) for block, h, r in zip(chosen, parts, read, strict=True)]
+        parts = [blocks[i].finish(h, outlook.heard(i, r)) for i, h, r in zip(chosen, parts, read, strict=True)]
         self.h_nD = torch.cat(parts).index_select(0, back)
-
-    def _attended(self, qkv_nXK: Tensor, step: int) -> Tensor:
-        """Write the keys and values among `qkv_nXK` (n, H + 2G, K) and return what the queries read of the table (n, H · K)."""
-        query, key, value = turned(qkv_nXK[:, None], self.rotary, self.heads)
-        if self.rows is None:
-            return attend(query, key, value, self.mask).flatten(1)
-        self.rows.write(step, self.index_n, key, value)
-        keys, values = self.rows.keys[step], self.rows.values[step]
-        if self.index_n is None:
-            return attend(query, keys, values, self.mask).flatten(1)
-        # Neighbours attend together: that copies nothing of the memory.
-        sizes = self.cuts[1::2]
-        table = zip(keys.split(self.cuts)[1::2], values.split(self.cuts)[1::2], strict=True)
-        masks = [self.mask] * len(sizes) if self.mask is None or self.mask.shape[0] == 1 else self.mask.split(sizes)
-        read = [attend(q, k, v, mask) for q, (k, v), mask in zip(query.split(sizes), table, masks, strict=True)]
-        return (read[0] if len(read) == 1 else torch.cat(read)).flatten(1)
 
 
 def _outputs(posts: Signposts, h_nD: Tensor, place_n: np.ndarray, *, eps: float, step: int) -> np.ndarray:
