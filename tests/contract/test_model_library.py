@@ -174,6 +174,14 @@ def test_resizing_and_tying_follow_transformers() -> None:
     ("options", "message"),
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
+        (
+            {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+            r"input_ids has shape \(1, 0\): must be \(B, T\), at least one row of at least one",
+        ),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"input_ids has shape \(0, 3\)"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids has shape \(3,\)"),
+        ({"inputs_embeds": torch.zeros(1, 0, 32)}, r"inputs_embeds has shape \(1, 0, 32\): must be \(B, T, D\)"),
+        ({"inputs_embeds": torch.zeros(3, 32)}, r"inputs_embeds has shape \(3, 32\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "document_ids": torch.ones(2, 3)}, r"document_ids has shape \(2, 3\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.zeros(1, 2)}, r"labels has shape \(1, 2\)"),

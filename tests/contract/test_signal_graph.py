@@ -207,6 +207,12 @@ def test_a_path_is_the_sentence_with_its_energies_and_rivals() -> None:
     ("options", "message"),
     [
         ({}, "input_ids=None"),
+        (
+            {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+            r"input_ids has shape \(1, 0\): must be \(B, T\), at least one row of at least one",
+        ),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"input_ids has shape \(0, 3\)"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids has shape \(3,\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.zeros(1, 2)}, r"labels has shape \(1, 2\)"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.zeros(1, 3)}, "position_ids: a signal walks"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
+
+# Shapes: B rows, T new tokens, D width
 
 
 class Hosted:
@@ -42,3 +45,10 @@ class Hosted:
         if wanted and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_memory()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def require_tokens(name: str, given: Tensor, axes: str = "B, T") -> Tensor:
+    """Return what a model is to read: token ids (B, T), or vectors (B, T, D). Raises `ValueError` for another shape and for nothing."""
+    if given.ndim != axes.count(",") + 1 or not given.numel():
+        raise ValueError(f"{name} has shape {tuple(given.shape)}: must be ({axes}), at least one row of at least one token")
+    return given

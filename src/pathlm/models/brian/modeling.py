@@ -21,7 +21,7 @@ from pathlm.models.brian.sight import Sight
 from pathlm.models.brian.table import code_mask
 from pathlm.models.brian.tracing import Trace
 from pathlm.models.brian.travel import Journey, travel
-from pathlm.models.hosted import Hosted
+from pathlm.models.hosted import Hosted, require_tokens
 from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary
 from pathlm.models.losses import IGNORE, linear_cross_entropies, next_labels
 from pathlm.models.output import PathOutput
@@ -183,7 +183,9 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is not None:
+            return require_tokens("inputs_embeds", inputs_embeds, "B, T, D")
+        return self.embed_tokens(require_tokens("input_ids", input_ids))
 
     def _check_depths(self, depths: Tensor | None, h_BTD: Tensor, knobs: Knobs | None) -> None:
         if depths is None:

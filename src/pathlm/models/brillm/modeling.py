@@ -23,7 +23,7 @@ from pathlm.models.brillm.energy import Ledger, cross_entropy, draw_rivals, ener
 from pathlm.models.brillm.graph import Arrivals, Graph
 from pathlm.models.brillm.memory import BrillmCache
 from pathlm.models.brillm.tracing import Trace, Walk
-from pathlm.models.hosted import Hosted
+from pathlm.models.hosted import Hosted, require_tokens
 from pathlm.models.losses import IGNORE, next_labels
 from pathlm.models.output import PathOutput
 
@@ -155,6 +155,7 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("position_ids") is not None:
             raise _not_ids(input_ids, kwargs)
+        require_tokens("input_ids", input_ids)
         released = self.config.arithmetic == "released"
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and labels is None and not self.training and not released)
@@ -202,7 +203,7 @@ class BrillmForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *, attention_mask: Tensor | None = None, initial_signal: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the signal as it leaves each token (B, T, D), and the positional vector that is added on its next edge (B, T, D)."""
-        walk, _ = self._walk(input_ids, None, attention_mask, None, initial_signal, False)
+        walk, _ = self._walk(require_tokens("input_ids", input_ids), None, attention_mask, None, initial_signal, False)
         return walk.signal_BTD, positions.vectors(walk.places.number_BT + 1, self.config, walk.signal_BTD.dtype)
 
     def new_memory(self) -> BrillmCache:
