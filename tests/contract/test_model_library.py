@@ -52,6 +52,8 @@ def tiny(**options: Any) -> BrianForCausalLM:
         ({"initializer_range": 0.0}, "initializer_range=0.0: must lie between 0 and 1"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0: must be positive"),
         ({"pad_token_id": 4_096}, "pad_token_id=4096: must lie in 0"),
+        ({"eos_token_id": 4_096}, "eos_token_id=4096: must lie in 0 … vocab_size - 1 = 4095"),
+        ({"eos_token_id": [1, -1]}, r"eos_token_id=\[1, -1\]: must lie in 0 … vocab_size - 1 = 4095"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "cached decoding could not equal"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
         ({"hidden_size": "wide"}, "hidden_size"),

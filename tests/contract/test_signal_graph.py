@@ -66,6 +66,8 @@ def tiny(**options: Any) -> BrillmForCausalLM:
         ({"min_count": 0}, "min_count=0: must be at least 1"),
         ({"initializer_range": 0.0}, "initializer_range=0.0: must be positive"),
         ({"pad_token_id": 1_024}, "pad_token_id=1024: must lie in"),
+        ({"eos_token_id": 1_024}, "eos_token_id=1024: must lie in"),
+        ({"eos_token_id": [1, 1_024]}, r"eos_token_id=\[1, 1024\]: must lie in"),
         ({"hidden_dim": 2}, "BrillmConfig has no option hidden_dim"),
     ],
 )

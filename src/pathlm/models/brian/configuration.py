@@ -167,9 +167,10 @@ class BrianConfig(PreTrainedConfig):
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, 'blocks are SwiGLU, so it must be "silu"')
         _require(0 < self.initializer_range < 1, "initializer_range", self.initializer_range, "must lie between 0 and 1")
         _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
-        for name in ("pad_token_id", "bos_token_id"):
-            token = getattr(self, name)
-            _require(token is None or 0 <= token < self.vocab_size, name, token, f"must lie in 0 … vocab_size - 1 = {self.vocab_size - 1}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given = getattr(self, name)
+            known = all(0 <= token < self.vocab_size for token in (given if isinstance(given, list) else [given]) if token is not None)
+            _require(known, name, given, f"must lie in 0 … vocab_size - 1 = {self.vocab_size - 1}")
 
     def _validate_pool(self) -> None:
         """Check what is said about routes."""

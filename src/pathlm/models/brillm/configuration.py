@@ -129,9 +129,10 @@ class BrillmConfig(PreTrainedConfig):
             _require(value is None or math.isfinite(value), name, value, "must be a finite number")
         _require(0 <= self.signal_dropout < 1, "signal_dropout", self.signal_dropout, "must be at least 0 and below 1")
         _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
-        for name in ("pad_token_id", "bos_token_id"):
-            token = getattr(self, name)
-            _require(token is None or 0 <= token < nodes, name, token, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given = getattr(self, name)
+            known = all(0 <= token < nodes for token in (given if isinstance(given, list) else [given]) if token is not None)
+            _require(known, name, given, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
 
     def _validate_context(self) -> None:
         parts = self.contexts
