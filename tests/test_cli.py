@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -133,6 +135,85 @@ def test_a_folder_that_does_not_exist_is_named(command):
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert "'nowhere'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A plain decoder and a signal graph as folders."""
+    home = tmp_path_factory.mktemp("models")
+    plain = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    for name, preset, sizes in (("plain", "plain-tiny", plain), ("graph", "brillm-tiny", {"vocab_size": 6, "signal_size": 4, "edges": 9})):
+        pathlm.build(pathlm.preset(preset, **sizes)).save_pretrained(home / name)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "said"),
+    [
+        ("plain", {"hidden_size": "wide"}, "config.json: Field 'hidden_size' expected int, got str (value: 'wide')"),
+        ("plain", {"hidden_size": 0}, "config.json: hidden_size=0: must be at least 1"),
+        ("plain", {"eos_token_id": [1, 64]}, "config.json: eos_token_id=[1, 64]: must lie in 0 … vocab_size - 1 = 63"),
+        ("plain", {"model_type": "brillm"}, "config.json: property 'hidden_size' of 'BrillmConfig' object has no setter"),
+        ("graph", {"signal_size": 5}, "config.json: signal_size=5: must be even and at least 2"),
+        ("graph", {"context": 3}, "config.json: Field 'context' expected str, got int (value: 3)"),
+        ("graph", {"dtype": "float99"}, "config.json: module 'torch' has no attribute 'float99'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "FOLDER", "a"),
+        ("trace", "FOLDER", "a"),
+        ("generate", "FOLDER", "a", "--mmap"),
+        ("convert", "FOLDER", "OUT", "--to", "llama"),
+        ("convert", "FOLDER", "OUT", "--to", "released"),
+        ("convert", "FOLDER", "OUT", "--wrap", "2/2/2"),
+        ("eval", "FOLDER", "--lm-eval", "QUESTIONS"),
+    ],
+    ids=" ".join,
+)
+def test_a_configuration_of_no_possible_model_is_one_line_that_names_its_file(models, tmp_path, command, family, changed, said):
+    shutil.copytree(models / family, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    (tmp_path / "q.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+    places = {"FOLDER": tmp_path / "m", "OUT": tmp_path / "out", "QUESTIONS": tmp_path / "q.jsonl"}
+    done = pathlm_command(*(places.get(word, word) for word in command))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'm'}/{said}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "said"),
+    [
+        ("plain", {"vocab_size": 65}, "mismatched weights embed_tokens.weight (64, 32), must be (65, 32)"),
+        ("plain", {"pre_blocks": 6}, "missing weights blocks.6.attention_norm.weight"),
+        ("plain", {"pre_blocks": 4}, "unexpected weights blocks.5.attention_norm.weight"),
+        ("graph", {"edges": 8}, "mismatched weights graph.bias (10, 4), must be (9, 4)"),
+    ],
+    ids=str,
+)
+def test_weights_that_its_configuration_does_not_ask_for_are_one_line_that_names_them(models, tmp_path, family, changed, said):
+    shutil.copytree(models / family, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    for command in (("generate", tmp_path / "m", "a"), ("convert", tmp_path / "m", tmp_path / "out", "--to", "llama")):
+        if command[0] == "generate" or family == "plain":
+            done = pathlm_command(*command)
+            assert done.exit_code == 2
+            assert done.stderr.startswith(f"error: folder='{tmp_path / 'm'}': {said}")
+            assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("generate", "a"), ("convert", "OUT", "--to", "llama")], ids=" ".join)
+def test_damaged_weights_are_named(models, tmp_path, command):
+    shutil.copytree(models / "plain", tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"x" * 100)
+    done = pathlm_command(command[0], tmp_path / "m", *(tmp_path / "out" if word == "OUT" else word for word in command[1:]))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: the weights in {tmp_path / 'm'} are damaged (")
 
 
 def test_debug_shows_where_an_error_came_from():

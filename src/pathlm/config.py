@@ -168,10 +168,14 @@ def build_strict(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**values)
     except StrictDataclassError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        raise ValueError(" ".join(str(cause).split())) from error
+        raise ValueError(complaint(error)) from error
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+def complaint(error: StrictDataclassError) -> str:
+    """Return what a strict dataclass refuses in one line: the field, its value and the rule."""
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def shipped_recipes() -> dict[str, Path]:

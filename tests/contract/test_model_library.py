@@ -56,6 +56,8 @@ def tiny(**options: Any) -> BrianForCausalLM:
         ({"eos_token_id": [1, -1]}, r"eos_token_id=\[1, -1\]: must lie in 0 … vocab_size - 1 = 4095"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "cached decoding could not equal"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters=.*: rope_theta must be a positive number"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "rope_parameters=.*: factor must be a positive"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"n_pool": 2}, "BrianConfig has no option n_pool; it has attention_bias"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 
@@ -64,11 +63,8 @@ def open_model(
     if mmap and device not in (None, "cpu"):
         raise ValueError(f"device={device!r}: with mmap the weights stay on disk, for the cpu to read")
     where = _device("cpu" if mmap else device)
-    try:
-        with no_progress_bars():
-            model: Any = open_mapped(place) if mmap else open_whole(place, local_files_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {place} are damaged ({error}); use another checkpoint") from error
+    with no_progress_bars():
+        model: Any = open_mapped(place) if mmap else open_whole(place, local_files_only=True)
     model = model.to(where).eval()
     if branches is not None:
         if not hasattr(model, "set_branches"):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pathlm.config import build_strict
-from pathlm.models import FAMILIES, family, open_mapped, open_whole
+from pathlm.models import FAMILIES, family, open_mapped, open_whole, read_config
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ def load(folder: Path | str, *, mmap: bool = False, **options: Any) -> tuple[Pre
     `mmap` leaves the weights of a signal graph on disk: it opens at once, reads what each step needs, and cannot be trained. `options` go
     to `from_pretrained`, for instance `dtype=torch.float32`. Raises `ValueError` when the folder holds no model.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"folder={str(folder)!r}: holds no config.json, so no model was saved there")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if mmap and options:
         raise ValueError(f"mmap=True: the weights stay as they are on disk; leave {', '.join(options)} out")
     if mmap:

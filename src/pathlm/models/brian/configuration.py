@@ -248,6 +248,10 @@ class BrianConfig(PreTrainedConfig):
         if kind in ("dynamic", "longrope"):
             rule += f"; {kind} turns earlier positions differently once a row grows, so cached decoding could not equal one forward pass"
         _require(kind in ROPE_TYPES, "rope_parameters", rope, rule)
+        for name in ("rope_theta", "factor"):
+            number = rope.get(name, 1.0)
+            positive = isinstance(number, int | float) and 0 < number < math.inf
+            _require(positive, "rope_parameters", rope, f"{name} must be a positive number")
         _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "rope_parameters", rope, "partial_rotary_factor must be 1, as in Llama")
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pathlm.config import build_strict, override
+from pathlm.models import open_whole, read_config
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.entering import MEMORY_FIELDS, check_entry, remembering
 from pathlm.models.brian.modeling import BrianForCausalLM
@@ -100,9 +101,7 @@ def wrap(
     """
     if isinstance(source, BrianForCausalLM | LlamaForCausalLM):
         theirs: Any = source.config
-    elif (kind := _model_type(Path(source))) in ("brian", "llama"):
-        theirs = AutoConfig.from_pretrained(source)
-    else:
+    elif (kind := (theirs := read_config(source)).model_type) not in ("brian", "llama"):
         raise ValueError(f"folder={str(source)!r}: holds a {kind} model; only a plain decoder of ours or a Llama model can be wrapped")
     if getattr(theirs, "pool_blocks", 0):
         raise ValueError(f"pool_blocks={theirs.pool_blocks}: the model has a pool already; a plain decoder is wrapped once")
@@ -115,7 +114,7 @@ def wrap(
     config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
     _check_same_function(config)
     if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
-        source = _read(source, {}) if theirs.model_type == "llama" else BrianForCausalLM.from_pretrained(source)
+        source = open_whole(source)
     weights = source.state_dict()
     if theirs.model_type == "llama":
         weights = brian_weights(weights, theirs.num_hidden_layers)
@@ -147,10 +146,10 @@ def start_from(folder: Path | str, config: BrianConfig) -> BrianForCausalLM:
     windows. Codes may be new: they then start from what the blocks' own keys and values are made of.
     Raises `ValueError` naming the first field that does not fit.
     """
-    kind = _model_type(Path(folder))
+    kind = read_config(folder).model_type
     if kind not in ("brian", "llama"):
         raise ValueError(f"init={str(folder)!r}: holds a {kind} model; BRIAN starts from a BRIAN or a Llama model")
-    source = BrianForCausalLM.from_pretrained(folder) if kind == "brian" else _read(folder, {})
+    source = open_whole(folder)
     check_start(source.config, config, origin=f"init={str(folder)!r}")
     weights = source.state_dict() if kind == "brian" else brian_weights(source.state_dict(), source.config.num_hidden_layers)
     if not config.remembers_codes:
@@ -215,7 +214,7 @@ def convert(
     if (target / "run.json").exists() or (target / "checkpoints").exists():
         raise ValueError(f"out={str(target)!r}: is the folder of a run, whose model is in its checkpoints; name a new folder")
     source = checkpoint_in(source)
-    kind = _model_type(source)
+    kind = read_config(source).model_type
     if wrap_as is not None:
         if to != "brian":
             raise ValueError(f"to={to!r}: --wrap makes a BRIAN model")
@@ -228,7 +227,7 @@ def convert(
     elif kind != ("llama" if to == "brian" else "brian"):
         raise ValueError(f"folder={str(source)!r}: holds a {kind} model, which cannot become {to}")
     else:
-        model = from_llama(source) if to == "brian" else to_llama(BrianForCausalLM.from_pretrained(source))
+        model = from_llama(source) if to == "brian" else to_llama(open_whole(source))
     model.save_pretrained(target)
     if (source / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
@@ -335,16 +334,11 @@ def _table(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(folder: Path | str, options: dict[str, Any]) -> LlamaForCausalLM:
-    kind = _model_type(Path(folder))
+    kind = read_config(folder).model_type
     if kind != "llama":
         raise ValueError(f"source={str(folder)!r}: holds a {kind} model, not a Llama model")
-    return LlamaForCausalLM.from_pretrained(folder, **options)
-
-
-def _model_type(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"folder={str(folder)!r}: holds no config.json, so no model was saved there")
-    return AutoConfig.from_pretrained(folder).model_type
+    llama: LlamaForCausalLM = open_whole(folder, **options)
+    return llama
 
 
 def _split(layers: int, pre: int | None, pool: int, post: int | None) -> tuple[int, int]:

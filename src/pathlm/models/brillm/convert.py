@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from pathlm.config import build_strict
+from pathlm.models import read_config
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.edges import Edges
 from pathlm.models.brillm.mapped import SAFE_TYPES, Mapped
@@ -197,10 +198,9 @@ def _tokenizer(vocabulary: tuple[str, ...], bpe: Path | str | None, vocab: Path 
 
 
 def _exportable(folder: Path) -> BrillmConfig:
-    kind = BrillmConfig.get_config_dict(folder)[0].get("model_type") if (folder / "config.json").is_file() else "missing"
-    if kind != "brillm":
-        raise ValueError(f"folder={str(folder)!r}: holds a {kind} model; only a BriLLM has a released layout")
-    config = BrillmConfig.from_pretrained(folder)
+    config = read_config(folder)
+    if config.model_type != "brillm":
+        raise ValueError(f"folder={str(folder)!r}: holds a {config.model_type} model; only a BriLLM has a released layout")
     released: dict[str, Any] = {"arithmetic": "released", "positions": "multiplied", "position_scale": 1.0, "initial_signal": None}
     for name, value in released.items():
         if getattr(config, name) != value:

@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from pathlm.models import open_whole, read_config
 from pathlm.models.brillm import advance, counted, positions, wirings
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.curriculum import Knobs
@@ -340,11 +341,13 @@ def from_rows(config: BrillmConfig, rows: Any) -> BrillmForCausalLM:
 
 def start_from(folder: Path | str, config: BrillmConfig) -> BrillmForCausalLM:
     """Open the model in `folder` as the beginning of a run. Raises `ValueError` when it is not of the architecture of `config`."""
-    found = BrillmConfig.from_pretrained(folder)
+    found = read_config(folder)
+    if found.model_type != "brillm":
+        raise ValueError(f"init={str(folder)!r}: holds a {found.model_type} model; BriLLM starts from a BriLLM")
     check_start(found, config, origin=f"init={str(folder)!r}")
     merged = deepcopy(config)
     merged.edges = found.edges
-    model: BrillmForCausalLM = BrillmForCausalLM.from_pretrained(folder, config=merged)
+    model: BrillmForCausalLM = open_whole(folder, config=merged)
     return model
 
 
