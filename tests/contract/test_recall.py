@@ -76,6 +76,8 @@ def test_what_does_not_exist_is_named() -> None:
         Nodes(("a", "b")).ids(["a", "c"])
     with pytest.raises(ValueError, match="names: 'a' stands there twice"):
         Nodes(("a", "b", "a"))
+    with pytest.raises(ValueError, match="edges=5: follows from the paths; leave it out"):
+        graph_of(["ab"], edges=5)
     with pytest.raises(ValueError, match="BrillmConfig has no option width"):
         graph_of([["a", "b"]], width=3)
     with pytest.raises(ValueError, match="initial_signal has shape"):

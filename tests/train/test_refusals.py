@@ -1,5 +1,6 @@
 """What no routed run can be is refused by name, before any work: nothing is written."""
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from pathlm.train import start
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 POOL = SIZES | {"pre_blocks": 1, "pool_blocks": 2, "post_blocks": 1, "max_route_steps": 3}
 PLAIN = SIZES | {"pre_blocks": 3, "post_blocks": 1}
+GRAPH = {"signal_size": 4, "context": "chain"}
 
 
 def config(tmp_path, **options) -> RunConfig:
@@ -32,10 +34,11 @@ def go(run, **options):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A plain decoder and a routed model as folders, with the tokenizer of the data."""
+    """A plain decoder, a routed model and a signal graph as folders, with the tokenizer of the data."""
     home = tmp_path_factory.mktemp("weights")
     rows = open_rows(config(home).data, "train", seed=0)
-    for name, preset, model in (("plain", "plain-tiny", PLAIN), ("routed", "brian-tiny", POOL)):
+    graph = GRAPH | {"edges": 20, "min_count": 2, "initial_energies": "counts"}
+    for name, preset, model in (("plain", "plain-tiny", PLAIN), ("routed", "brian-tiny", POOL), ("graph", "brillm-tiny", graph)):
         torch.manual_seed(0)
         pathlm.build(pathlm.preset(preset, **model, vocab_size=rows.vocab_size)).save_pretrained(home / name)
         rows.tokenizer().save_pretrained(home / name)
@@ -79,6 +82,7 @@ def weights(tmp_path_factory):
         ({"curriculum": "stage-3", "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='stage-3' is one stage; default, route, joint"),
         ({"curriculum": "fixed", "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='fixed' is one stage"),
         ({"preset": "plain-tiny", "model": PLAIN, "stages": {"exit": 0.5}}, "stages.exit=0.5: curriculum='default' is one stage"),
+        ({"preset": "brillm-tiny", "model": GRAPH | {"edges": 5}}, "model.edges=5: follows from the data that a run reads; leave it out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_named(tmp_path, options, message):
@@ -103,6 +107,34 @@ def test_weights_of_another_architecture_are_named(tmp_path, weights, source, mo
     with pytest.raises(ValueError, match=message):
         go(config(tmp_path, curriculum="route", init=str(weights / source), model=POOL | model))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("graph", {"model": GRAPH | {"initializer_range": 0.25}}, r"model.initializer_range=0.25: says how fresh"),
+        ("graph", {"model": GRAPH | {"initial_energies": "even"}}, r"model.initial_energies='even': says how fresh"),
+        ("graph", {"model": GRAPH | {"min_count": 1}}, r"model.min_count=1: says how fresh"),
+        ("routed", {"preset": "brillm-tiny", "model": GRAPH}, r"init=.*: holds a brian model; BriLLM starts from a BriLLM"),
+        ("graph", {"model": POOL}, r"init=.*: holds a brillm model; BRIAN starts from a BRIAN or a Llama model"),
+    ],
+)
+def test_what_weights_of_an_earlier_run_leave_no_place_for_is_named(tmp_path, weights, source, options, message):
+    preset = "brillm-tiny" if source == "graph" and options["model"] != POOL else "brian-tiny"
+    with pytest.raises(ValueError, match=message):
+        go(config(tmp_path, **{"preset": preset, "init": str(weights / source)} | options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"min_count": 2, "initial_energies": "counts", "initializer_range": 0.5}], ids=["nothing", "the same"]
+)
+def test_a_run_that_begins_with_other_weights_records_how_these_were_made(tmp_path, weights, said):
+    folder = go(config(tmp_path, preset="brillm-tiny", model=GRAPH | said, init=str(weights / "graph"))).folder
+    for place in (folder / "run.json", folder / "checkpoints" / "latest" / "config.json"):
+        found = json.loads(place.read_text())
+        found = found.get("model", found)
+        assert (found["min_count"], found["initial_energies"], found["initializer_range"]) == (2, "counts", 0.5)
 
 
 @pytest.mark.parametrize(

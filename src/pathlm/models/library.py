@@ -46,9 +46,12 @@ def preset(name: str, **overrides: Any) -> PreTrainedConfig:
 def preset_for_data(name: str, **overrides: Any) -> PreTrainedConfig:
     """Return a preset's configuration for a model that data will complete, such as a graph whose edges are counted in it.
 
-    What the data decide is open unless it is overridden. Raises `ValueError` as `preset` does.
+    What the data decide is open. Raises `ValueError` as `preset` does, and where it is overridden all the same.
     """
-    return preset(name, **(_package(name).FROM_DATA | overrides))
+    open_fields = _package(name).FROM_DATA
+    if decided := sorted(open_fields.keys() & overrides.keys()):
+        raise ValueError(f"model.{decided[0]}={overrides[decided[0]]!r}: follows from the data that a run reads; leave it out")
+    return preset(name, **(open_fields | overrides))
 
 
 def _package(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,6 +64,7 @@ def resolve(config: RunConfig, *, verify: bool = True) -> Job:
     curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
     curriculum(config.steps, config=model_config)
     init = find_init(config)
+    made = _made_with(config, init["checkpoint"], package.FRESH) if init else {}
     rows = open_rows(config.data, "train", seed=config.seed, verify=verify)
     validation = None
     notes: tuple[str, ...] = ()
@@ -72,7 +73,7 @@ def resolve(config: RunConfig, *, verify: bool = True) -> Job:
         validation = open_rows(config.data, "validation", seed=0, verify=False)
     except ValueError as error:
         notes = (f"no validation: {error}",)
-    model_config = fit_to_rows(config, rows, partial(library.preset_for_data, config.preset))
+    model_config = fit_to_rows(config, rows, partial(library.preset_for_data, config.preset, **made))
     if init is not None:
         _check_tokenizer(config, init["checkpoint"], rows.tokenizer())
     return Job(
@@ -98,6 +99,19 @@ def find_init(config: RunConfig) -> dict[str, str] | None:
         return {"checkpoint": str(place), "sha256": record.weights_digest(place)}
     except (ValueError, OSError) as error:
         raise ValueError(f"init={config.init!r}: {error}") from error
+
+
+def _made_with(config: RunConfig, place: str, fresh: Sequence[str]) -> dict[str, Any]:
+    """Return how the weights of `init` were made, refusing a recipe that says otherwise: nothing is made anew."""
+    from pathlm.models import read_config
+
+    theirs = read_config(place)
+    made = {name: getattr(theirs, name) for name in fresh if hasattr(theirs, name)}
+    for name in fresh:
+        if name in config.model and config.model[name] != made.get(name):
+            rule = f"says how fresh weights are made, and init={config.init!r} brings others; leave it out"
+            raise ValueError(f"model.{name}={config.model[name]!r}: {rule}")
+    return made
 
 
 def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:

@@ -48,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 FROM_DATA: dict[str, Any] = {}
 """Fields of the configuration that data decide, besides the vocabulary: none."""
+FRESH: tuple[str, ...] = ()
+"""Fields that say nothing once there are weights: none, as parts that earlier ones lack are drawn by `initializer_range`."""
 
 
 def flops_per_token(config: BrianConfig, length: int) -> float:

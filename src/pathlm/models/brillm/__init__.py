@@ -12,6 +12,7 @@ _HOMES = {
     "PRESETS": ("presets", "PRESETS"),
     "FROM_DATA": ("presets", "FROM_DATA"),
     "check_start": ("modeling", "check_start"),
+    "FRESH": ("presets", "FRESH"),
     "cache_numbers_per_token": ("presets", "cache_numbers_per_token"),
     "flops_per_token": ("presets", "flops_per_token"),
     "Knobs": ("curriculum", "Knobs"),

@@ -15,6 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 FROM_DATA: dict[str, Any] = {"edges": 0}
 """Fields that are not a preset's matter once there is data: edges are counted from it."""
+FRESH = ("min_count", "initial_energies", "initializer_range")
+"""Fields that say how a model is made, and nothing once it has weights."""
 
 
 def flops_per_token(config: BrillmConfig, length: int) -> float:

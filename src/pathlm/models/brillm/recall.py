@@ -15,6 +15,7 @@ from pathlm.config import build_strict
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.edges import count
 from pathlm.models.brillm.modeling import BrillmForCausalLM
+from pathlm.models.brillm.presets import FROM_DATA
 
 # Shapes: T steps, K nodes, D width of the signal
 
@@ -57,10 +58,13 @@ class Nodes:
 def graph_of(walks: Sequence[Sequence[Hashable]], *, nodes: Nodes | None = None, **options: Any) -> tuple[BrillmForCausalLM, Nodes]:
     """Return a fresh model whose edges are the pairs of neighbours in some paths over nodes of any names, and those nodes.
 
-    `nodes` sets their order, or adds more of them. `options` are fields of `BrillmConfig`, such as `signal_size` or `min_count`.
+    `nodes` sets their order, or adds more of them. `options` are fields of `BrillmConfig`, such as `signal_size` or `min_count`, but for
+    those that follow from the paths.
     """
     if unknown := sorted(options.keys() - BrillmConfig.__annotations__.keys()):
         raise ValueError(f"BrillmConfig has no option {', '.join(unknown)}")  # transformers would keep it silently
+    if decided := sorted(options.keys() & {"vocab_size", *FROM_DATA}):
+        raise ValueError(f"{decided[0]}={options[decided[0]]!r}: follows from the paths; leave it out")
     nodes = nodes or Nodes.of(walks)
     config = build_strict(BrillmConfig, {"vocab_size": len(nodes.names)} | options)
     pairs = (np.array(list(pairwise(ids)), dtype=np.int64).reshape(-1, 2) for ids in map(nodes.ids, walks))
