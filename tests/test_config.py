@@ -53,7 +53,10 @@ def test_overrides_win_and_are_read_as_toml_or_else_as_text(tmp_path):
         ("optim.clip=0", r"optim\.clip"),
         ("keep_last=0", "keep_last=0"),
         ("gates=maybe", "gates"),
-        ("init=", "init='': name a folder"),
+        ('init=""', "init='': name a folder"),
+        ("init=", "--set 'init=': takes back what a recipe says of init, but it says nothing of it"),
+        ("optim.lrr=", "--set 'optim.lrr=': takes back what a recipe says of optim.lrr"),
+        ("steps.x=", "--set 'steps.x=': takes back"),
         ("knobs=5", "knobs"),
         ("stages.route=-1", r"stages=\{'route': -1\.0\}"),
         ("data.length=1", r"data\.length=1"),
@@ -73,6 +76,15 @@ def test_knobs_and_stages_are_written_in_a_recipe_or_behind_set(tmp_path):
     found = load(write(tmp_path, RECIPE + '[knobs]\nnoise = 0.5\n"hand-over.noise" = 0.25\n[stages]\nexit = 2\n'), ["knobs.exit.gate=1"])
     assert found.knobs == {"noise": 0.5, "hand-over.noise": 0.25, "exit": {"gate": 1}}
     assert found.stages == {"exit": 2.0}
+
+
+def test_a_name_without_a_value_takes_back_what_the_recipe_says(tmp_path):
+    recipe = write(tmp_path, RECIPE + '[knobs]\nnoise = 0.5\n"hand-over.noise" = 0.25\n[stages]\nexit = 2\nroute = 0\n')
+    found = load(recipe, ["stages.exit=", "knobs.hand-over.noise=", "optim.lr=", "steps="])
+    assert (found.stages, found.knobs) == ({"route": 0.0}, {"noise": 0.5})
+    assert (found.optim.lr, found.steps) == (OptimConfig().lr, 1000)
+    assert load(recipe, ["stages="]).stages == load(recipe, ["stages={}"]).stages == {}
+    assert load(recipe, ["knobs.hand-over.noise=1", "knobs.hand-over.noise="]).knobs == {"noise": 0.5, "hand-over": {}}
 
 
 def test_a_recipe_that_is_not_toml_and_one_that_is_missing_are_told_apart(tmp_path):

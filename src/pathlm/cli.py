@@ -40,7 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a field, e.g. optim.lr=1e-3; NAME= takes a recipe's value back."),
+]
 Budget = Annotated[float | None, typer.Option(help="Share of its route steps that a routed model may take on average.")]
 Branches = Annotated[int | None, typer.Option(help="Ways through the pool that a token may take at once.")]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Leave the weights of a signal graph on disk; read those of each step.")]

@@ -217,13 +217,18 @@ def load(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(table: dict[str, Any], text: str) -> None:
-    """Set one dotted name of the nested `table`, from a text such as `optim.lr=1e-3`.
+    """Set one dotted name of the nested `table`, from a text such as `optim.lr=1e-3`; `stages.exit=` takes back what it says.
 
-    Values are read as TOML, and as plain text where they are not TOML. Raises `ValueError` for a text of another form.
+    Values are read as TOML, and as plain text where they are not TOML. Raises `ValueError` for a text of another form, and where there is
+    nothing to take back.
     """
     key, equals, written = text.partition("=")
     if not equals or not key:
         raise ValueError(f"--set {text!r} must have the form name=value, for example optim.lr=1e-3")
+    if not written.strip():
+        if not _take_back(table, key.strip()):
+            raise ValueError(f"--set {text!r}: takes back what a recipe says of {key.strip()}, but it says nothing of it")
+        return
     try:
         value = tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
@@ -234,6 +239,14 @@ def override(table: dict[str, Any], text: str) -> None:
         if not isinstance(table, dict):
             raise ValueError(f"--set {text!r}: {parent} is a value, not a section")
     table[last] = value
+
+
+def _take_back(table: dict[str, Any], name: str) -> bool:
+    """Remove a dotted name from a nested table, whose own keys may have dots (`"hand-over.noise" = 0.5`); say whether it was there."""
+    parent, _, rest = name.partition(".")
+    inner = table.get(parent)
+    deeper = isinstance(inner, dict) and bool(rest) and _take_back(inner, rest)
+    return table.pop(name, None) is not None or deeper
 
 
 def _coerce(kind: Any, value: Any, name: str) -> Any:

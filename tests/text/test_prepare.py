@@ -10,7 +10,7 @@ from texts import Build, contents, sentences
 from pathlm.text import collect, encode
 from pathlm.text.collect import split_of
 from pathlm.text.corpus import Corpus
-from pathlm.text.prepare import load_recipe, prepare, prepare_config
+from pathlm.text.prepare import from_arguments, load_recipe, prepare, prepare_config
 
 
 def test_every_document_is_its_text_between_two_end_tokens(build: Build, texts: Path) -> None:
@@ -185,6 +185,15 @@ def test_a_recipe_is_read_and_its_typos_are_errors(tmp_path: Path) -> None:
     recipe.write_text('sources = [{ nam = "sotu" }]\n')
     with pytest.raises(ValueError, match=r"SourceConfig has no option sources\.nam"):
         load_recipe(recipe)
+
+
+def test_what_a_recipe_says_is_replaced_or_taken_back(tmp_path: Path) -> None:
+    recipe = tmp_path / "data-mix.toml"
+    recipe.write_text('vocab_size = 512\ntest = 0.2\nsources = ["sotu"]\n')
+    config = from_arguments([str(recipe)], ["test=", "validation=0.1"], vocab_size=600)
+    assert (config.out, config.vocab_size, config.test, config.validation) == ("data/mix", 600, 0.05, 0.1)
+    with pytest.raises(ValueError, match="--set 'validation=': takes back what a recipe says of validation, but it says nothing"):
+        from_arguments([str(recipe)], ["validation="])
 
 
 @pytest.mark.parametrize(

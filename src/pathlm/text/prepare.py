@@ -95,13 +95,16 @@ def prepare_config(table: Mapping[str, Any]) -> PrepareConfig:
 
 def load_recipe(recipe: Path | str, **overrides: Any) -> PrepareConfig:
     """Read a TOML recipe; keyword arguments that are not None replace its fields. `out` defaults to `data/<name of the recipe>`."""
-    file = Path(recipe)
+    return prepare_config(_read_recipe(Path(recipe)) | {name: value for name, value in overrides.items() if value is not None})
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from error
     table.setdefault("out", f"data/{file.stem.removeprefix('data-')}")
-    return prepare_config(table | {name: value for name, value in overrides.items() if value is not None})
+    return table
 
 
 def from_arguments(sources: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> PrepareConfig:
@@ -109,14 +112,14 @@ def from_arguments(sources: Sequence[str], overrides: Sequence[str] = (), **opti
 
     `options` that are not None, then `overrides` such as `test=0.1`, replace fields. Raises `ValueError` for what is unknown.
     """
-    table = {name: value for name, value in options.items() if value is not None}
+    recipe = len(sources) == 1 and (sources[0].endswith(".toml") or sources[0] in shipped_recipes())
+    table = _read_recipe(find_recipe(sources[0])) if recipe else {"sources": list(sources)}
+    table |= {name: value for name, value in options.items() if value is not None}
     for text in overrides:
         override(table, text)
-    if len(sources) == 1 and (sources[0].endswith(".toml") or sources[0] in shipped_recipes()):
-        return load_recipe(find_recipe(sources[0]), **table)
     if "out" not in table:
         raise ValueError("out: name the folder to write, for example --out data/mine")
-    return prepare_config({"sources": list(sources)} | table)
+    return prepare_config(table)
 
 
 def prepare(config: PrepareConfig, *, progress: Any = None) -> Manifest:
