@@ -17,6 +17,7 @@ from pathlm.config import RunConfig, with_options
 from pathlm.models.stages import Stage
 from pathlm.text.prepare import prepare, prepare_config
 from pathlm.train import record, sinks, start
+from pathlm.train.run import readable
 from pathlm.train.state import State
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "pre_blocks": 1, "post_blocks": 1, "num_attention_heads": 2}
@@ -91,6 +92,13 @@ def test_a_corpus_that_changed_cannot_be_resumed_on_and_one_that_moved_can(tmp_p
         start(longer, resume=True, console=quiet())
 
 
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (1_000, "1.0 k"), (18_349, "18.3 k"), (1_730_176, "1.7 M"), (1_004_373_504, "1,004.4 M")]
+)
+def test_the_size_of_a_model_is_told_in_the_unit_that_fits_it(number, text):
+    assert readable(number) == text
+
+
 def test_an_empty_validation_split_is_noted_and_skipped(tmp_path):
     (tmp_path / "text.txt").write_text("one single document of text " * 40)
     prepare(
@@ -101,7 +109,10 @@ def test_an_empty_validation_split_is_noted_and_skipped(tmp_path):
     said = Console(record=True, width=300, file=(tmp_path / "said").open("w"))
     result = start(config(tmp_path, data={"corpus": str(tmp_path / "corpus"), "length": 64}), console=said)
     said.file.close()
-    assert "note: no validation" in said.export_text()
+    text = said.export_text()
+    assert "note: no validation" in text
+    size = sum(tensor.numel() for tensor in weights(result.folder).values())
+    assert size < 1e6 and f"run: {size / 1e3:.1f} k parameters, 4 steps of 256 tokens" in text
     assert result.last_validation is None and result.step == 4
 
 

@@ -168,7 +168,7 @@ def carry_out(
     parameters = sum(p.numel() for p in model.parameters())
     _say(
         console,
-        f"{config.name}: {parameters / 1e6:,.1f} M parameters, {config.steps:,} steps of {config.batch_tokens:,} tokens on {_where(acc)}",
+        f"{config.name}: {readable(parameters)} parameters, {config.steps:,} steps of {config.batch_tokens:,} tokens on {_where(acc)}",
     )
     if about := getattr(model, "about", ""):
         _say(console, about)
@@ -262,6 +262,12 @@ def _farewell(config: RunConfig, result: RunResult) -> str:
         return f"{name}: stopped and saved at step {result.step} of {config.steps}. Give the same command with --resume to continue."
     best = f", best validation loss {result.best_validation:.4f}" if result.best_validation is not None else ""
     return f"finished at step {result.step}{best}: {result.folder}"
+
+
+def readable(number: int) -> str:
+    """Return a number as a person reads it: `1.7 M`, `18.3 k`, `430`."""
+    size, sign = next(((size, sign) for size, sign in ((1e6, " M"), (1e3, " k")) if number >= size), (1, ""))
+    return f"{number / size:,.1f}{sign}" if sign else str(number)
 
 
 def _where(acc: Accelerator) -> str:
