@@ -308,7 +308,7 @@ def test_places_that_hold_something_and_options_that_say_nothing_are_refused(tmp
         (tmp_path / "published", tmp_path / "x", "--to", "released"): "arithmetic='published': the released code computes",
         (tmp_path / "ours", tmp_path / "x"): "holds a brillm model, which cannot become brian",
         (tmp_path / "plain", tmp_path / "x", "--to", "released"): "holds a brian model; only a BriLLM has a released layout",
-        ("brillm", tmp_path / "absent.bin", *files()[1:], tmp_path / "x"): "absent.bin",
+        ("brillm", *files(), tmp_path / "x", "--tokenizer", "absent"): "tokenizer='absent': there is no such file",
     }
     for arguments, message in refused.items():
         done = command("convert", *arguments)
@@ -319,6 +319,15 @@ def test_places_that_hold_something_and_options_that_say_nothing_are_refused(tmp
         export_released(tmp_path / "ours", tmp_path / "x")
     with pytest.raises(ValueError, match="mmap=True: a brian model reads all its weights"):
         pathlm.load(tmp_path / "plain", mmap=True)
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "weights"), (1, "vocab"), (2, "word_frequency")])
+def test_the_file_that_is_missing_is_named_whatever_the_others_hold(tmp_path: Path, place: int, name: str) -> None:
+    (tmp_path / "other").write_bytes(b"{")
+    given = [tmp_path / "other"] * 3
+    given[place] = tmp_path / "absent"
+    done = command("convert", "brillm", *given, tmp_path / "x")
+    assert (done.exit_code, done.stderr) == (2, f"error: {name}='{tmp_path / 'absent'}': there is no such file\n")
 
 
 def test_a_model_on_disk_refuses_weights_that_are_not_its_own(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.edges import Edges
 from pathlm.models.brillm.mapped import SAFE_TYPES, Mapped
 from pathlm.models.brillm.modeling import BrillmForCausalLM
-from pathlm.models.brillm.released import Released, open_released
+from pathlm.models.brillm.released import Released, open_released, require_files
 
 UNKNOWN = "<unk>"
 FILES = ("model.bin", "vocab.json", "word_frequency.json")
@@ -59,6 +59,8 @@ def import_released(
     Raises `ValueError` as `from_brillm` does, and then leaves nothing behind.
     """
     folder = _new(out)
+    if tokenizer is not None:
+        require_files(tokenizer=tokenizer)  # the word frequencies take long
     found = open_released(weights, vocab, word_frequency)
     words = _tokenizer(found.vocabulary, tokenizer, vocab)
     config = _config(found, words.pad_token_id)
@@ -181,8 +183,6 @@ def _tokenizer(vocabulary: tuple[str, ...], bpe: Path | str | None, vocab: Path 
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, unk_token=UNKNOWN)
-    if not Path(bpe).is_file():
-        raise FileNotFoundError(f"tokenizer={str(bpe)!r}: does not exist")
     try:
         backend = Tokenizer.from_file(str(bpe))
     except Exception as error:  # the library raises nothing narrower

@@ -88,7 +88,11 @@ class Released:
 
 
 def open_released(weights: Path | str, vocab: Path | str, word_frequency: Path | str) -> Released:
-    """Read the three files of a released model, all but the edges' weights. Raises `ValueError` naming the file and what is wrong."""
+    """Read the three files of a released model, all but the edges' weights.
+
+    Raises `FileNotFoundError` naming the first that is not there, and `ValueError` naming the file and what is wrong.
+    """
+    require_files(weights=weights, vocab=vocab, word_frequency=word_frequency)
     vocabulary = read_vocabulary(Path(vocab))
     node_bias, positions, rows = _read_small(Path(weights), Path(vocab), len(vocabulary))
     edges = read_frequency(Path(word_frequency), vocabulary)
@@ -96,6 +100,13 @@ def open_released(weights: Path | str, vocab: Path | str, word_frequency: Path |
         rule = f"must be {edges.key_E.numel() + 1}: the pairs that word_frequency={str(word_frequency)!r} counts, and the shared edge"
         raise ValueError(f"weights={str(weights)!r}: weights has {rows} rows, {rule}; the two are of different models")
     return Released(Path(weights), vocabulary, edges, node_bias, positions)
+
+
+def require_files(**files: Path | str) -> None:
+    """Raise `FileNotFoundError` naming the first of these files that is not there."""
+    for name, file in files.items():
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{name}={str(file)!r}: there is no such file")
 
 
 def read_vocabulary(file: Path) -> tuple[str, ...]:
@@ -253,8 +264,6 @@ def _read_small(file: Path, vocab: Path, nodes: int) -> tuple[Tensor, Tensor, in
 def _state(file: Path) -> dict[str, Tensor]:
     """Map the weights into memory. Raises `ValueError` for a file that holds something else."""
     where = f"weights={str(file)!r}"
-    if not file.is_file():
-        raise FileNotFoundError(f"{where}: does not exist")
     try:
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
