@@ -217,6 +217,47 @@ def test_input_out_of_range_is_refused_by_name(options, message):
         generate(make_llama(), **({"input_ids": [[2, 3]], "max_new_tokens": 4} | options))
 
 
+def make_routed():
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.3}
+    return build(preset("brian-tiny", vocab_size=300, **options)).eval()
+
+
+def make_graph(**options):
+    torch.manual_seed(0)
+    return build(preset("brillm-tiny", vocab_size=300, signal_size=4, edges=900, **options)).eval()
+
+
+def make_released():
+    return make_graph(arithmetic="released", positions="multiplied")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1}, {"temperature": 1, "eos_token_id": 7}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("make", [make_llama, make_brian, make_routed, make_graph, make_released])
+def test_a_model_whose_numbers_are_not_finite_writes_nothing(make, number, options):
+    broken = make()
+    assert len(generate(broken, [[2, 3], [4]], max_new_tokens=3, temperature=0)) == 2
+    with torch.no_grad():
+        for weight in broken.parameters():
+            weight.view(-1)[:3] = number
+    with pytest.raises(ValueError, match=r"the highest logit for new token [13] is (nan|inf): must be finite; the model's weights"):
+        generate(broken, [[2, 3], [4]], max_new_tokens=3, **options)
+    with pytest.raises(ValueError, match="the highest logit for new token 1 is"):
+        next(stream(broken, make_tokenizer(), ["a"], max_new_tokens=3))
+
+
+@pytest.mark.parametrize("seen", [None, 299], ids=["looked at after many tokens", "looked at after every token"])
+def test_a_broken_edge_is_found_once_it_was_taken(seen):
+    broken, prompts = make_graph(context="decay"), [[2], [3]]
+    (_, *_), (first, second, *_) = generate(broken, prompts, max_new_tokens=40, temperature=0, eos_token_id=seen)
+    taken = broken.graph.edges.lookup(torch.tensor([first]), torch.tensor([second]))
+    with torch.no_grad():
+        broken.graph.bias[taken] = torch.nan
+    with pytest.raises(ValueError, match=r"the highest logit for new token (16|32|40) is nan"):
+        generate(broken, prompts, max_new_tokens=40, temperature=0, eos_token_id=seen)
+
+
 def test_an_empty_prompt_starts_from_the_start_token(model, tokenizer):
     assert generate(model, [[]], max_new_tokens=5, temperature=0) == generate(model, [[0]], max_new_tokens=5, temperature=0)
     pieces = stream(model, tokenizer, [""], max_new_tokens=5, temperature=0, stop_at_end=False)

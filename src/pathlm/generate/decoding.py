@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def generate(
     `budget` is the share of its route steps that a routed model may take on average: less is faster and worse.
 
     Raises `ValueError` naming the field, the value and the rule for options out of range, for tokens outside the vocabulary, for
-    prompts that fill the context, and for a budget that the model was not trained for.
+    prompts that fill the context, for a budget that the model was not trained for, and where the model's logits are not finite.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     given = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
@@ -125,6 +126,8 @@ def decode(
                 elif written >= part.limits[row]:
                     stopped[row] = part.at_limit[row]
                 pieces.append((part.rows[row], new, stopped[row]))
+            if written == len(columns) or written % CHUNK == 0 or all(stopped):  # what is no number stays so in a model's memory
+                _require_number(logits_BV.amax().item(), written)
             yield pieces
             if all(stopped):
                 return
@@ -135,6 +138,13 @@ def decode(
                 state.select(index)
                 token_B = token_B[index]
                 uniform_BN = None if uniform_BN is None else uniform_BN[index]
+
+
+def _require_number(peak: float, written: int) -> None:
+    """Raise `ValueError` where the highest logit for the newest token is not finite: such a token means nothing."""
+    if not math.isfinite(peak):
+        rule = "must be finite; the model's weights are broken or its precision is too low"
+        raise ValueError(f"the highest logit for new token {written} is {peak}: {rule}")
 
 
 class _State:
