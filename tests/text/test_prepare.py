@@ -266,6 +266,10 @@ def test_a_damaged_corpus_is_named_and_made_again_with_overwrite(build: Build, t
 def test_a_prepare_that_failed_before_its_first_document_does_not_hold_its_folder(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     out = str(tmp_path / "corpus")
-    with pytest.raises(ValueError, match="empty"):
-        prepare(prepare_config({"sources": [str(tmp_path / "empty.txt")], "out": out, "vocab_size": 300}))
+    for made in (False, True):
+        with pytest.raises(ValueError, match="empty"):
+            prepare(prepare_config({"sources": [str(tmp_path / "empty.txt")], "out": out, "vocab_size": 300}))
+        assert Path(out).exists() == made, "a folder that was there stays"
+        Path(out).mkdir(exist_ok=True)
+        assert list(Path(out).iterdir()) == []
     assert prepare(prepare_config({"sources": [str(texts)], "out": out, "vocab_size": 300})).splits

@@ -99,6 +99,10 @@ class Journal:
         """Yield the documents with a number above `after`, in order."""
         yield from map(Seen._make, self._db.execute("SELECT * FROM documents WHERE number > ? ORDER BY number", (after,)))
 
+    def is_empty(self) -> bool:
+        """Tell whether no document was added yet."""
+        return next(self.documents(), None) is None
+
     def last_encoded(self) -> tuple[int, int]:
         """Return the number of the last encoded document (-1 when none) and the length of the token spool, in tokens."""
         row = self._db.execute("SELECT number, offset + tokens FROM encoded ORDER BY number DESC LIMIT 1").fetchone()

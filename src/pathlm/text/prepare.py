@@ -142,11 +142,19 @@ def prepare(config: PrepareConfig, *, progress: Any = None) -> Manifest:
     finished = _enter(out, settings, inputs, overwrite=config.overwrite)
     if finished is not None:
         return finished
+    fresh = not out.exists()
     journal = _journal(out, settings, inputs, overwrite=config.overwrite)
     try:
-        return _run(config, journal, pretrained, settings, inputs, report)
+        manifest = _run(config, journal, pretrained, settings, inputs, report)
+    except Exception:
+        if journal.is_empty():  # nothing to go on from
+            journal.close()
+            shutil.rmtree(out if fresh else out / ".work")
+        raise
     finally:
         journal.close()
+    shutil.rmtree(out / ".work")
+    return manifest
 
 
 def _run(
@@ -175,8 +183,6 @@ def _run(
     )
     (out / "inputs.json").write_text(json.dumps(inputs) + "\n", encoding="utf-8")
     manifest.write(out)
-    journal.close()
-    shutil.rmtree(work)
     return manifest
 
 
@@ -210,7 +216,7 @@ def _journal(out: Path, settings: dict[str, Any], inputs: Any, *, overwrite: boo
     journal = None
     try:
         journal = Journal(out / ".work" / "journal.sqlite")
-        if journal.get("settings") is not None and next(journal.documents(), None) is None:
+        if journal.get("settings") is not None and journal.is_empty():
             # An attempt that failed before its first document holds nothing to protect.
             journal.close()
             shutil.rmtree(out / ".work")
