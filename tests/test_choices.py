@@ -1,5 +1,6 @@
 """Multiple choice agrees with the likelihood of each text computed alone, and question sets are what they say."""
 
+import copy
 import json
 
 import pytest
@@ -54,6 +55,13 @@ def test_likelihoods_agree_with_one_token_at_a_time(model, tokenizer):
         total, greedy = alone(model, before, after)
         assert found.logprob == pytest.approx(total, abs=1e-12)
         assert (found.greedy, found.tokens) == (greedy, len(after))
+
+
+def test_a_likelihood_that_is_no_number_is_no_answer(model, tokenizer):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="the log-likelihood of a continuation is nan: the model is broken"):
+        score_choices(broken, tokenizer, [Question("copy : a", ("b", "c"), 0)])
 
 
 def test_a_continuation_that_is_greedy_is_found_so(model, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -116,7 +117,7 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Return the likelihood of each continuation after its context, both as tokens. Contexts that are too long lose their beginning.
 
-    Raises `ValueError` when a continuation alone is longer than `context`.
+    Raises `ValueError` when a continuation alone is longer than `context`, and for a likelihood that is no number.
     """
     context = context or int(model.config.max_position_embeddings)
     if longest := max((len(after) for _, after in pairs if len(after) > context), default=0):
@@ -127,6 +128,8 @@ def likelihoods(
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
             for i, likelihood in zip(batch, _forward(model, [pairs[i] for i in batch], context), strict=True):
+                if math.isnan(likelihood.logprob):
+                    raise ValueError("the log-likelihood of a continuation is nan: the model is broken or its precision is too low")
                 found[i] = likelihood
     return [likelihood for likelihood in found if likelihood is not None]
 
