@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from pathlm import build, preset
 from pathlm.generate import Detokenizer, Sampling, generate, read_prompts, run, stream
 from pathlm.generate import decoding as module
+from pathlm.text.synthetic import open_task
+from pathlm.text.synthetic.words import task_tokenizer
 
 TEXT = [
     "The people of the United States, and the state of the Union.",
@@ -256,6 +258,12 @@ def test_a_broken_edge_is_found_once_it_was_taken(seen):
         broken.graph.bias[taken] = torch.nan
     with pytest.raises(ValueError, match=r"the highest logit for new token (16|32|40) is nan"):
         generate(broken, prompts, max_new_tokens=40, temperature=0, eos_token_id=seen)
+
+
+def test_a_word_that_no_token_stands_for_is_refused():
+    tokenizer = task_tokenizer([open_task("copy")])
+    with pytest.raises(ValueError, match="text 'hello' cannot be turned into tokens of this model: WordLevel error"):
+        stream(make_llama(), tokenizer, ["hello"], max_new_tokens=3)
 
 
 def test_an_empty_prompt_starts_from_the_start_token(model, tokenizer):

@@ -101,6 +101,16 @@ def test_rolling_likelihood_counts_every_token_once(harness, model, tokenizer):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_model_without_a_longest_text_is_told_how_much_it_is_to_see(harness, tokenizer, tmp_path):
+    graph = build(preset("brillm-tiny", vocab_size=len(tokenizer), signal_size=4, edges=20))
+    graph.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "q.jsonl").write_text('{"context": "copy : a", "choices": ["b", "c"], "answer": 0}\n')
+    with pytest.raises(ValueError, match="context: the model names no max_position_embeddings, so say how many tokens it is to see"):
+        harness.run(tmp_path / "m", [str(tmp_path / "q.jsonl")])
+    assert harness.run(tmp_path / "m", [str(tmp_path / "q.jsonl")], context=16)["q"]
+
+
 def test_generation_stops_before_the_first_stop_string(harness, model, tokenizer):
     lm = harness.HarnessModel(model, tokenizer)
     (whole,) = lm.generate_until([request("copy : a b =", {"until": [], "max_gen_toks": 12})])

@@ -195,7 +195,10 @@ def eval_(
     if tasks:
         from pathlm.evaluate import harness
 
-        harness.run(model_folder, tasks, limit=limit, fewshot=fewshot, budget=budget, branches=branches, device=device, console=Console())
+        harness.run(
+            model_folder, tasks, limit=limit, fewshot=fewshot, context=context, budget=budget, branches=branches, device=device,
+            console=Console(),
+        )  # fmt: skip
 
 
 @app.command()

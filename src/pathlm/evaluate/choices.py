@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pathlm.evaluate.checkpoint import evaluating, start_token
+from pathlm.evaluate.lm import reach
 from pathlm.evaluate.synthetic import interval
 from pathlm.text.corpus import Corpus
 from pathlm.text.synthetic.draws import Draws
@@ -119,7 +120,7 @@ def likelihoods(
 
     Raises `ValueError` when a continuation alone is longer than `context`, and for a likelihood that is no number.
     """
-    context = context or int(model.config.max_position_embeddings)
+    context, _ = reach(model, context)
     if longest := max((len(after) for _, after in pairs if len(after) > context), default=0):
         raise ValueError(f"context={context}: a continuation of {longest} tokens does not fit")
     found: list[Likelihood | None] = [None] * len(pairs)

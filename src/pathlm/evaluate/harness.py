@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pathlm.evaluate.checkpoint import evaluating, find_checkpoint, open_model, run_folder, start_token
 from pathlm.evaluate.choices import encode_pair, likelihoods, read_questions
 from pathlm.evaluate.compare import note_result
+from pathlm.evaluate.lm import reach
 
 try:
     from lm_eval.api.model import LM
@@ -39,7 +40,7 @@ class HarnessModel(LM):
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.context = context or int(model.config.max_position_embeddings)
+        self.context, _ = reach(model, context)
         self.name = name
 
     @property
@@ -123,6 +124,7 @@ def run(
     fewshot: int | None = None,
     batch_size: int = 16,
     include_path: Path | str | None = None,
+    context: int | None = None,
     budget: float | None = None,
     branches: int | None = None,
     device: str | None = None,
@@ -132,9 +134,10 @@ def run(
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network. `budget` is the share of its route steps that a routed model may take, `branches` the number of ways a token may take at once.
-    Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a folder without a model or a tokenizer, for a budget
-    that the model was not trained for, and for branches that it cannot have.
+    network. `context` limits the tokens that the model sees, `budget` is the share of its route steps that a routed model may take,
+    `branches` the number of ways a token may take at once. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a
+    folder without a model or a tokenizer, for a context that the model does not have or that has to be said, for a budget that the model
+    was not trained for, and for branches that it cannot have.
     """
     for task in tasks:
         if _is_file(task):
@@ -143,7 +146,7 @@ def run(
     model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
     if tokenizer is None:
         raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
-    adapted = HarnessModel(model, tokenizer, batch_size=batch_size, name=str(model_folder))
+    adapted = HarnessModel(model, tokenizer, batch_size=batch_size, context=context, name=str(model_folder))
     found = evaluate(adapted, tasks, limit=limit, fewshot=fewshot, include_path=include_path)
     file = note_result(run_folder(model_folder) / "eval.json", "lm-eval", {"checkpoint": str(place), "budget": budget, "tasks": found})
     if console is not None:

@@ -70,13 +70,20 @@ def _stream(
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Return a prompt's tokens as documents have them: the start token, then the text. Bytes that are no text are refused."""
+    """Return a prompt's tokens as documents have them: the start token, then the text.
+
+    Raises `ValueError` for bytes that are no text, and for words that no token stands for.
+    """
     try:
         text.encode("utf-8")  # an argument of a command that is not UTF-8 comes as half a surrogate pair
     except UnicodeEncodeError as error:
         raise ValueError(f"text {text[:40]!r} is not UTF-8: character {error.start} cannot be read") from error
     start = start_token(tokenizer)
-    return ([] if start is None else [start]) + tokenizer.encode(text, add_special_tokens=False)
+    try:
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"text {text[:40]!r} cannot be turned into tokens of this model: {error}") from error
+    return ([] if start is None else [start]) + tokens
 
 
 class Detokenizer:
