@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import pathlm
 from pathlm.cli import app
 from pathlm.config import RunError
+from pathlm.text.synthetic import open_task
+from pathlm.text.synthetic.words import task_tokenizer
 
 COMMANDS = typer.main.get_command(app).commands
 HELP = """
@@ -214,6 +216,18 @@ def test_damaged_weights_are_named(models, tmp_path, command):
     done = pathlm_command(command[0], tmp_path / "m", *(tmp_path / "out" if word == "OUT" else word for word in command[1:]))
     assert done.exit_code == 2
     assert done.stderr.startswith(f"error: the weights in {tmp_path / 'm'} are damaged (")
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+@pytest.mark.parametrize("command", [("generate", "a"), ("convert", "OUT", "--to", "llama")], ids=" ".join)
+def test_a_damaged_tokenizer_is_named(models, tmp_path, command, content):
+    shutil.copytree(models / "plain", tmp_path / "m")
+    task_tokenizer([open_task("copy")]).save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(content)
+    done = pathlm_command(command[0], tmp_path / "m", *(tmp_path / "out" if word == "OUT" else word for word in command[1:]))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: folder='{tmp_path / 'm'}': its tokenizer cannot be read: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_where_an_error_came_from():

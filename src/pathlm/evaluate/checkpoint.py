@@ -54,9 +54,7 @@ def open_model(
     folder without a model, damaged weights, a `device` that is not here, a budget that the model was not trained for, and branches that it
     cannot have.
     """
-    from transformers import AutoTokenizer
-
-    from pathlm.models import open_mapped, open_whole
+    from pathlm.models import open_mapped, open_whole, read_tokenizer
 
     check_share(budget)
     place = find_checkpoint(folder)
@@ -73,7 +71,7 @@ def open_model(
     if options := check_budget(model, budget):
         model.register_forward_pre_hook(lambda _, arguments, given: (arguments, options | given), with_kwargs=True)
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return model, AutoTokenizer.from_pretrained(place, local_files_only=True) if has_tokenizer else None
+    return model, read_tokenizer(place) if has_tokenizer else None
 
 
 def check_budget(model: Any, budget: float | None) -> dict[str, float]:

@@ -53,6 +53,18 @@ def read_config(folder: Path | str) -> Any:
         raise ValueError(f"{file}: {error}") from error
 
 
+def read_tokenizer(folder: Path | str) -> Any:
+    """Return the tokenizer saved in `folder`. Raises `OSError` where there is none, and `ValueError` where its files are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"folder={str(folder)!r}: its tokenizer cannot be read: {error!r}") from error
+
+
 def open_mapped(folder: Path | str) -> Any:
     """Return the signal graph saved in `folder`, its weights left on disk. Raises `ValueError` for a model of another family."""
     kind = read_config(folder).model_type

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pathlm.config import build_strict
-from pathlm.models import FAMILIES, family, open_mapped, open_whole, read_config
+from pathlm.models import FAMILIES, family, open_mapped, open_whole, read_config, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load(folder: Path | str, *, mmap: bool = False, **options: Any) -> tuple[Pre
     else:
         family(config.model_type)
         model = open_whole(folder, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), read_tokenizer(folder)
 
 
 def _known(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -116,11 +116,11 @@ def _made_with(config: RunConfig, place: str, fresh: Sequence[str]) -> dict[str,
 
 def _check_tokenizer(config: RunConfig, place: str, tokenizer: Any) -> None:
     """Refuse weights that were trained on tokens of another tokenizer, where a tokenizer lies beside them."""
-    from transformers import AutoTokenizer
+    from pathlm.models import read_tokenizer
 
     if not (Path(place) / "tokenizer_config.json").is_file():
         return
-    if AutoTokenizer.from_pretrained(place, local_files_only=True).get_vocab() != tokenizer.get_vocab():
+    if read_tokenizer(place).get_vocab() != tokenizer.get_vocab():
         rule = "its tokenizer is not that of the data; prepare the corpus with it (pathlm prepare --tokenizer)"
         raise ValueError(f"init={config.init!r}: {rule}")
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pathlm.config import build_strict, override
-from pathlm.models import open_whole, read_config
+from pathlm.models import open_whole, read_config, read_tokenizer
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.entering import MEMORY_FIELDS, check_entry, remembering
 from pathlm.models.brian.modeling import BrianForCausalLM
@@ -228,9 +228,10 @@ def convert(
         raise ValueError(f"folder={str(source)!r}: holds a {kind} model, which cannot become {to}")
     else:
         model = from_llama(source) if to == "brian" else to_llama(open_whole(source))
+    tokenizer = read_tokenizer(source) if (source / "tokenizer_config.json").exists() else None
     model.save_pretrained(target)
-    if (source / "tokenizer_config.json").exists():
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
     return target
 
 

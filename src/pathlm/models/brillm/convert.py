@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from pathlm.config import build_strict
-from pathlm.models import read_config
+from pathlm.models import read_config, read_tokenizer
 from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.edges import Edges
 from pathlm.models.brillm.mapped import SAFE_TYPES, Mapped
@@ -82,7 +82,7 @@ def export_released(folder: Path | str, out: Path | str) -> Path:
     config = _exportable(place)
     if not (place / "tokenizer.json").is_file():
         raise ValueError(f"folder={str(folder)!r}: has no tokenizer.json, and so its nodes have no names")
-    numbers = AutoTokenizer.from_pretrained(place).get_vocab()
+    numbers = read_tokenizer(place).get_vocab()
     vocabulary = sorted(numbers, key=numbers.__getitem__)
     if [numbers[token] for token in vocabulary] != list(range(config.vocab_size)):
         raise ValueError(
