@@ -113,12 +113,11 @@ def wrap(
     _check_whole_path(routing.get("max_route_steps", pool_blocks), pool_blocks)
     config = _config_like(theirs, _routing(routing, pre_blocks, pool_blocks, post_blocks))  # refused before weights are read
     _check_same_function(config)
-    if not isinstance(source, BrianForCausalLM | LlamaForCausalLM):
-        source = open_whole(source)
-    weights = source.state_dict()
+    opened = source if isinstance(source, BrianForCausalLM | LlamaForCausalLM) else open_whole(source)
+    weights = opened.state_dict()
     if theirs.model_type == "llama":
         weights = brian_weights(weights, theirs.num_hidden_layers)
-    return _with_pool(config, weights, source)
+    return _with_pool(config, weights, opened)
 
 
 def _check_same_function(config: BrianConfig) -> None:

@@ -185,6 +185,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
             return require_tokens("inputs_embeds", inputs_embeds, "B, T, D")
+        assert input_ids is not None
         return self.embed_tokens(require_tokens("input_ids", input_ids))
 
     def _check_depths(self, depths: Tensor | None, h_BTD: Tensor, knobs: Knobs | None) -> None:

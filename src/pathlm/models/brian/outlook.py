@@ -94,11 +94,11 @@ class Outlook:
 
     def _attended(self, query_nH1X: Tensor, tables: Any, mask: Tensor | None) -> Tensor:
         if self.codes is None:
-            return attend(query_nH1X, *tables, mask).flatten(1)
+            return attend(query_nH1X, tables[0], tables[1], mask).flatten(1)
         if self.writes:
-            return self._mixed(query_nH1X[:, :, 0], *tables, mask).flatten(1)
+            return self._mixed(query_nH1X[:, :, 0], tables[0], tables[1], tables[2], mask).flatten(1)
         # The heads of one token are as good as the tokens of one head.
-        read = F.scaled_dot_product_attention(query_nH1X.transpose(1, 2), *tables, *tables, attn_mask=mask, scale=self.scale)
+        read = F.scaled_dot_product_attention(query_nH1X.transpose(1, 2), tables[0], tables[0], attn_mask=mask, scale=self.scale)
         return read.flatten(1)
 
     def _mixed(self, query_nHW: Tensor, table_n1SW: Tensor, keys_nGSK: Tensor, values_nGSK: Tensor, mask: Tensor | None) -> Tensor:

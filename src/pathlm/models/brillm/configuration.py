@@ -131,8 +131,8 @@ class BrillmConfig(PreTrainedConfig):
         _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             given = getattr(self, name)
-            known = all(0 <= token < nodes for token in (given if isinstance(given, list) else [given]) if token is not None)
-            _require(known, name, given, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
+            inside = all(0 <= token < nodes for token in (given if isinstance(given, list) else [given]) if token is not None)
+            _require(inside, name, given, f"must lie in 0 … vocab_size - 1 = {nodes - 1}")
 
     def _validate_context(self) -> None:
         parts = self.contexts
