@@ -114,6 +114,7 @@ def unequal(model: Any) -> None:
             parameter.normal_()
 
 
+WINDOW = {"attention_window": 3, "attention_sinks": 2}
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "choice": {
         "top-1": {},
@@ -136,12 +137,24 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "": {},
         "codes": {"memory": "canonical", "code_dim": 0},
         "small codes everywhere": {"memory": "canonical", "code_dim": 6, "code_adapter": "block", "post_memory": "canonical"},
-        "newest codes": {"memory": "canonical", "code_dim": 6, "code_delta_rank": 2, "code_window": 4, "code_sinks": 1},
-        "rows as wide as the text": {"memory": "local+canonical", "code_dim": 6, "post_memory": "canonical"},
+        "newest codes": {
+            "memory": "canonical",
+            "code_dim": 6,
+            "code_delta_rank": 2,
+            "code_window": 4,
+            "code_sinks": 1,
+            "attention_window": 4,
+        },
         "fading rows": {"memory": "local+canonical", "code_dim": 5, "code_adapter": "block", "code_delta_rank": 1, "local_share": 0.4},
-        "few rows and codes": {"memory": "local+canonical", "local_window": 2, "code_window": 5, "code_sinks": 2},
+        "few rows and codes": {
+            "memory": "local+canonical",
+            "local_window": 2,
+            "code_window": 5,
+            "code_sinks": 2,
+            "attention_window": 3,
+            "attention_sinks": 2,
+        },
     },
-    "window": {"": {}, "window": {"attention_window": 3, "attention_sinks": 2}},
     "budget": {"": {}, "budget 0.4": {"budget": 0.4}, "budget 0.8": {"budget": 0.8}, "whole budget": {"budget": 1.0}},
     "attention": {"": {}, "grouped": {"num_key_value_heads": 2}, "biased": {"attention_bias": True, "mlp_bias": True}},
     "ends": {
@@ -199,6 +212,11 @@ def routed(row: dict[str, str], **options: Any) -> Case:
 ROUTED = (
     *(routed(row) for row in covering()),
     Case("1 block", "brian", {"pool_blocks": 1, "max_route_steps": 3}),
+    Case(
+        "rows as wide as the text",
+        "brian",
+        {"pool_blocks": 3, "max_route_steps": 4, "memory": "local+canonical", "code_dim": 6, "post_memory": "canonical"},
+    ),
     Case("1 step", "brian", {"pool_blocks": 3, "max_route_steps": 1}),
     Case("1 block, 1 step, no other", "brian", {"pool_blocks": 1, "max_route_steps": 1, "pre_blocks": 0, "post_blocks": 0}),
     Case(
@@ -236,6 +254,7 @@ PLAIN = (
     Case("one block", "brian", {"pre_blocks": 1, "post_blocks": 0}),
     Case("post blocks only", "brian", {"pre_blocks": 0, "post_blocks": 3}),
     Case("grouped queries", "brian", {"num_key_value_heads": 2}),
+    Case("window and sinks", "brian", WINDOW),
     Case("one key head, wide heads", "brian", {"num_key_value_heads": 1, "head_dim": 16}),
     Case("tied head", "brian", {"tie_word_embeddings": True}),
     Case("biases", "brian", {"attention_bias": True, "mlp_bias": True}),
