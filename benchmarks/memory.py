@@ -40,7 +40,9 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("cache", "prefill", "stream", "train", "decode"), default=None)
     parser.add_argument("--new", type=int, default=64, help="tokens to decode")
-    parser.add_argument("--batch", type=int, nargs="+", default=(1, 8), help="rows that decode together")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=(1,), help="rows that decode together; more take minutes to read their prompts"
+    )
     parser.add_argument("--tiny", action="store_true", help="models too small to mean anything, to try the program itself")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -102,11 +102,6 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def held_rows(memory: Any) -> list[int]:
-    """Tokens that each layer of a cache remembers."""
-    return [layer.held for layer in memory.layers]
-
-
 @torch.inference_mode()
 def read(model: Any, tokens: Tensor, chunk: int) -> Iterator[Any]:
     """Read tokens (B, T) in chunks; yields the memory after each."""
@@ -120,22 +115,20 @@ def counted(extent: Extent, name: str) -> dict[str, float]:
     """Count the bytes per token of one row's cache, of a text of `extent.text` tokens, from the tensors themselves.
 
     `held` are those remembered, `spare room` what buffers have allocated besides, `lasting` what a further token adds for good: the growth
-    over the second half of the text, at whose ends windows hold as much.
+    between two places of the text's second half at which windows hold as much.
     """
     model = of_size(extent, name, **{field: value for field, value in REPLACED.items() if field not in extent.fields})
-    tokens = torch.zeros(1, extent.text, dtype=torch.long)
-    marks = {}
-    for index, memory in enumerate(read(model, tokens, extent.window), start=1):
-        if index * extent.window in (extent.text // 2, extent.text):
-            marks[index * extent.window] = (memory.bytes(), allocated(memory), held_rows(memory))
-    half, whole = marks[extent.text // 2], marks[extent.text]
-    rows = [b - a for a, b in zip(half[2], whole[2], strict=True)]
-    assert all(grown in (0, extent.text // 2) for grown in rows), (half[2], whole[2])
-    return {
-        "held": whole[0] / extent.text,
-        "spare room": (whole[1] - whole[0]) / extent.text,
-        "lasting": (whole[0] - half[0]) / (extent.text // 2),
-    }
+    tokens, marks = torch.zeros(1, extent.text, dtype=torch.long), []
+    for memory in read(model, tokens, extent.window):
+        marks.append((memory.get_seq_length(), memory.bytes(), [layer.held for layer in memory.layers]))
+    length, held, rows = marks[-1]
+    alike = (
+        (length - before, held - less)
+        for before, less, fewer in marks[len(marks) // 2 :]
+        if all(more - few in (0, length - before) for more, few in zip(rows, fewer, strict=True))
+    )
+    grown, added = next(alike)
+    return {"held": held / length, "spare room": (allocated(memory) - held) / length, "lasting": added / grown}
 
 
 def windowed(extent: Extent, name: str) -> dict[str, Any]:
