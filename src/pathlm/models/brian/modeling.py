@@ -15,6 +15,7 @@ from pathlm.models.brian.codes import CodeReader, Codes
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.curriculum import Knobs
 from pathlm.models.brian.memory import BrianCache
+from pathlm.models.brian.pool import Records
 from pathlm.models.brian.reads import Reads
 from pathlm.models.brian.routing import RoutePool, Router
 from pathlm.models.brian.sight import Sight
@@ -111,7 +112,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         self._check_beams(route_beams, knobs, depths)
         target_BT = None if labels is None else next_labels(labels, h_BTD.shape[:2])
         segment_BS = _segments(h_BTD, past, attention_mask, document_ids)
-        journey = Journey(knobs, budget, input_ids, target_BT, segment_BS, trace, depths, route_beams)
+        # Records are made here: a compiler follows no factory of a dataclass's field.
+        journey = Journey(knobs, budget, input_ids, target_BT, segment_BS, trace, depths, route_beams, Records())
         if target_BT is None and not trace and isinstance(logits_to_keep, int) and not self.training and depths is None:
             journey.keep = logits_to_keep
         elif target_BT is not None and not self.training and self.codes is not None:
