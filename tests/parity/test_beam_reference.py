@@ -115,3 +115,21 @@ def test_branches_can_be_asked_for_where_a_saved_model_is_opened(tmp_path: Path)
     Case("", "brillm").build().save_pretrained(tmp_path / "graph")
     with pytest.raises(ValueError, match="branches=2: a BrillmForCausalLM has no pool"):
         open_model(tmp_path / "graph", branches=2)
+
+
+@pytest.mark.parametrize(
+    "memory", [{}, {"left_rows": "refreshed"}, {"memory": "canonical"}, {"memory": "local+canonical", "local_window": 2}], ids=str
+)
+def test_branches_train_and_are_remembered_in_mixed_precision(memory: dict[str, Any]) -> None:
+    case = Case("", "brian", BRANCHED[0].options | {"max_route_steps": 4, "route_beams": 2} | memory)
+    model, tokens = case.build().float(), ids(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(tokens, labels=tokens).loss
+        loss.backward()
+        with torch.no_grad():
+            for beams in (1, 2):
+                whole = model.eval()(tokens, route_beams=beams).logits
+                first = model(tokens[:, :-1], route_beams=beams, use_cache=True)
+                last = model(tokens[:, -1:], route_beams=beams, past_key_values=first.past_key_values).logits
+                torch.testing.assert_close(last.float(), whole[:, -1:].float(), rtol=0.1, atol=0.1)
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -95,19 +95,24 @@ class BlockMemory(DynamicLayer):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last `-tokens_to_remove` tokens (a tensor in some versions of transformers)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
+        self.check_crop(int(tokens_to_remove))
         if self._buffers is None:
             return
         length = max(self._length + int(tokens_to_remove), 0)
-        if self._slots is not None:
-            past = self.get_seq_length() + int(tokens_to_remove)
-            needs = torch.arange(max(past - self.window, 0), max(past, 0), device=self._slots.device)
-            if past < self.window or not torch.isin(needs, self._slots[:length]).all():
-                rule = f"a window of {self.window} has forgotten what a text of {max(past, 0)} tokens needs"
-                raise ValueError(f"tokens_to_remove={int(tokens_to_remove)}: {rule}")
-            self._slots = self._slots[:length]
+        self._slots = None if self._slots is None else self._slots[:length]
         self._show(length)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise `ValueError` where `crop` cannot take back so many tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: give the number of tokens to forget as a negative number")
+        if self._slots is None:
+            return
+        past = self.get_seq_length() + tokens_to_remove
+        needs = torch.arange(max(past - self.window, 0), max(past, 0), device=self._slots.device)
+        if past < self.window or not torch.isin(needs, self._slots[: max(self._length + tokens_to_remove, 0)]).all():
+            rule = f"a window of {self.window} has forgotten what a text of {max(past, 0)} tokens needs"
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: {rule}")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows in the order `beam_idx` (B',)."""
@@ -211,7 +216,7 @@ class PoolMemory(BlockMemory):
     def write_some(self, step: int, row_n: Tensor, slot_n: Tensor, key_nGK: Tensor, value_nGK: Tensor) -> None:
         """Write the rows of single tokens, each given by its place (batch row, token)."""
         for buffer, rows in zip(self._by_version(key_nGK.shape[1]), (key_nGK, value_nGK), strict=True):
-            buffer[row_n, step:, :, slot_n] = rows[:, None]
+            buffer[row_n, step:, :, slot_n] = rows[:, None].to(buffer.dtype)  # values stay narrow under autocast
 
     def version(self, step: int, groups: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, G, S, K) as they are after step `step`."""
@@ -262,6 +267,12 @@ class BrianCache(Cache):
         """Forget what no later token will see; documents (B, P) are numbered as in a forward pass."""
         for layer in self.layers:
             layer.forget(segment_BS)  # type: ignore[union-attr]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens in every layer, or, where one cannot, in none."""
+        for layer in self.layers:
+            layer.check_crop(int(tokens_to_remove))  # type: ignore[union-attr]
+        super().crop(tokens_to_remove)
 
     def bytes(self) -> int:
         """Return how many bytes the remembered keys, values and codes take, without spare room."""

@@ -131,7 +131,8 @@ class Table:
             bias = mask.expand(self.rows, -1, -1, -1)[row, 0, place % self.tokens, column]
         at = column[:, None, None].expand(-1, heads, 1)
         own_score = (query_nHX * own_key).sum(-1) * width**-0.5 + bias[:, None]
-        weight = score.scatter(-1, at, own_score[..., None]).softmax(-1)
+        # Autocast makes products narrow and sums wide.
+        weight = score.to(own_score.dtype).scatter(-1, at, own_score[..., None]).softmax(-1)
         grid = weight.new_zeros(self.rows * self.tokens, *weight.shape[1:]).index_copy(0, place, weight)
         grid = grid.view(self.rows, self.tokens, groups, heads // groups, -1).permute(0, 2, 3, 1, 4)
         read = torch.einsum("bghts,bgsx->bghtx", grid, values).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[place]
