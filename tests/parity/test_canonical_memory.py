@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from pathlm.models.brian import travel
 from pathlm.models.brian.convert import start_from, wrap
-from pathlm.models.brian.curriculum import curriculum
+from pathlm.models.brian.curriculum import Knobs, curriculum
 from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.sight import Sight
 
@@ -67,10 +67,24 @@ def test_codes_begin_as_what_the_blocks_would_make_of_the_state_that_enters(tmp_
         torch.testing.assert_close(codes.answer(number, code_nC[:, None].expand(-1, block.heads, -1)), value_nGK, rtol=0, atol=1e-6)
 
 
+def test_codes_that_nobody_has_read_begin_as_if_they_were_new(tmp_path: Path) -> None:
+    model = built(memory="local+canonical")
+    model.save_pretrained(tmp_path / "unread")
+    left = start_from(tmp_path / "unread", changed(model.config, memory="local"))
+    left.save_pretrained(tmp_path / "rows")
+    unread, new = (start_from(tmp_path / name, changed(model.config, memory="canonical")).codes for name in ("unread", "rows"))
+    assert torch.equal(unread.key, new.key) and torch.equal(unread.down.weight, new.down.weight)
+
+
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
         ({"memory": "canonical"}, {"memory": "local"}, "model.memory='local'.*no keys and values"),
+        (
+            {"memory": "local+canonical", "post_memory": "canonical"},
+            {"memory": "local", "post_memory": "own"},
+            "model.memory='local'.*post_memory='canonical'",
+        ),
         ({"memory": "canonical"}, {"code_dim": 7}, "model.code_dim=7.*has None"),
         ({"memory": "local+canonical"}, {"code_adapter": "block"}, "model.code_adapter='block'.*has 'shared'"),
     ],
@@ -80,6 +94,29 @@ def test_weights_that_do_not_fit_a_memory_are_refused(first: dict[str, Any], the
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         start_from(tmp_path, changed(model.config, **then))
+
+
+def test_processes_that_draw_different_numbers_begin_codes_alike() -> None:
+    begun = []
+    for rank in (1, 2):
+        model = built(memory="local+canonical", code_delta_rank=2).train()
+        torch.manual_seed(rank)
+        model(ids(2), labels=ids(2), knobs=Knobs(local_window=3.0))
+        begun.append(dict(model.codes.named_parameters()))
+    assert all(torch.equal(parameter, begun[1][name]) for name, parameter in begun[0].items())
+    assert begun[0]["key_narrow"].any()
+
+
+@torch.no_grad()
+def test_a_cache_that_cannot_take_tokens_back_keeps_them_in_every_layer() -> None:
+    model = built(memory="canonical", code_window=4, attention_window=100)
+    cache = model(torch.randint(8, (1, 200)), use_cache=True).past_key_values
+    cache = model(torch.randint(8, (1, 1)), past_key_values=cache).past_key_values
+    with pytest.raises(ValueError, match="tokens_to_remove=-90: a window of 4 has forgotten"):
+        cache.crop(-90)
+    assert [layer.get_seq_length() for layer in cache.layers] == [201] * len(cache.layers)
+    cache.crop(-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [196] * len(cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +131,8 @@ def test_weights_that_do_not_fit_a_memory_are_refused(first: dict[str, Any], the
         ({"memory": "canonical", "pool_blocks": 0, "max_route_steps": 0}, "memory='canonical'.*no pool"),
         ({"post_memory": "canonical"}, "post_memory='canonical'.*no codes"),
         ({"attention_sinks": 1}, "attention_sinks=1.*attention_window"),
+        ({"memory": "canonical", "code_dim": 33}, "code_dim=33: must be at most hidden_size=32"),
+        ({"route_beams": 2, "beam_expansion": 1}, "beam_expansion=1: must be at least 2"),
     ],
 )
 def test_a_memory_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

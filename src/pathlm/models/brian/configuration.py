@@ -199,6 +199,8 @@ class BrianConfig(PreTrainedConfig):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.route_beams == 1 or self.route_top_k == 1, "route_beams", self.route_beams, "needs route_top_k=1")
         _require(self.route_beams == 1 or self.pool_blocks > 0, "route_beams", self.route_beams, "there is no pool to branch in")
+        several = "must be at least 2 where route_beams is above 1: one action makes no second branch"
+        _require(self.route_beams == 1 or self.beam_expansion > 1, "beam_expansion", self.beam_expansion, several)
         for name in ("beam_decay", "beam_cost", "beam_margin"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "must be a finite number and not negative")
@@ -214,6 +216,8 @@ class BrianConfig(PreTrainedConfig):
         for name in windows:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         _require(self.code_dim is None or self.code_dim >= 0, "code_dim", self.code_dim, "must not be negative")
+        wide = f"must be at most hidden_size={self.hidden_size}: a code is made of the state that enters, and no wider one holds more of it"
+        _require(self.code_dim is None or self.code_dim <= self.hidden_size, "code_dim", self.code_dim, wide)
         for of in ("code", "attention"):
             sinks, window = getattr(self, f"{of}_sinks"), getattr(self, f"{of}_window")
             _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs {of}_window: without one every token is seen anyway")

@@ -30,7 +30,7 @@ def remembering(weights: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
     if not config.remembers_codes:
         return weights
     weights = dict(weights)
-    if "codes.key" not in weights:
+    if "codes.key" not in weights or _unread(weights, config):
         weights |= _codes(weights, config)
     first, readers = config.pre_blocks, _readers(config)
     silent = [i for i in range(first, first + readers) if i >= first + config.pool_blocks or not config.remembers_rows]
@@ -45,10 +45,14 @@ def remembering(weights: dict[str, Tensor], config: BrianConfig) -> dict[str, Te
 
 @torch.no_grad()
 def begin(model: Any) -> None:
-    """Let the codes of a model in training, which nobody has read so far, start from what its blocks have learned."""
+    """Let the codes of a model in training, which nobody has read so far, start from what its blocks have learned.
+
+    What is drawn by chance stays as it was drawn when the model was made: processes that train together draw different numbers now.
+    """
     found = _codes(model.state_dict(), model.config)
     for name, parameter in model.codes.named_parameters():
-        parameter.copy_(found[f"codes.{name}"])
+        if not name.endswith("_narrow"):
+            parameter.copy_(found[f"codes.{name}"])
 
 
 def check_entry(theirs: BrianConfig, config: BrianConfig, *, where: str) -> None:
@@ -57,12 +61,20 @@ def check_entry(theirs: BrianConfig, config: BrianConfig, *, where: str) -> None
         return
     if theirs.memory == "canonical" and config.memory != "canonical":
         raise ValueError(f"model.memory={config.memory!r}: {where} has 'canonical', and its blocks make no keys and values")
-    if not config.remembers_codes:
-        return  # codes are left behind
+    if not config.remembers_codes:  # codes are left behind
+        if theirs.post_memory == "canonical":
+            rule = f"{where} has post_memory='canonical', and its blocks after the pool make no keys and values"
+            raise ValueError(f"model.memory={config.memory!r}: {rule}")
+        return
     for name in CODE_FIELDS:
         mine, its = getattr(config, name), getattr(theirs, name)
         if mine != its:
             raise ValueError(f"model.{name}={mine!r}: {where} has {its!r}, and its weights fit no other")
+
+
+def _unread(weights: dict[str, Tensor], config: BrianConfig) -> bool:
+    """Whether codes that came with these weights were never read, so that they are as they were drawn."""
+    return config.post_memory == "own" and not weights["codes.local_window"] and bool(weights["codes.local_share"] == 1)
 
 
 def _readers(config: BrianConfig) -> int:

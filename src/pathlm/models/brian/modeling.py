@@ -216,6 +216,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError(f"route_beams={beams}: a plain decoder has no pool to branch in")
         if self.config.route_top_k > 1:
             raise ValueError(f"route_beams={beams}: needs route_top_k=1, since a branch visits one block in each step")
+        if self.config.beam_expansion == 1:
+            raise ValueError(f"route_beams={beams}: needs beam_expansion of at least 2, since one action makes no second branch")
         if depths is not None:
             raise ValueError(f"depths: with route_beams={beams} a token's branches leave when they choose to")
         if knobs is not None and (knobs.router_share < 1 or knobs.random_depth):
