@@ -238,7 +238,9 @@ def curriculum(
     elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
         rows = (STAGES[known.index(name)],)
     else:
-        raise ValueError(f"curriculum={name!r}: there are {', '.join([*CURRICULA, 'fixed', *known])}")
+        missing = {"stage-5": 'model.memory="local+canonical"', "stage-6": "model.route_beams above 1"}
+        rule = f"needs {missing[name]}" if name in missing else f"there are {', '.join([*CURRICULA, 'fixed', *known, *missing])}"
+        raise ValueError(f"curriculum={name!r}: {rule}")
     found = Curriculum(rows).with_knobs(knobs or {})
     if pool and config is not None:
         _check_fit(found, config)
@@ -295,6 +297,24 @@ def _check_fit(found: Curriculum, config: BrianConfig) -> None:
                 raise ValueError(f"knobs.{stage.name}.budget={knobs.budget}: {rule}")
             if knobs.top_k is not None and not 1 <= knobs.top_k <= config.route_top_k:
                 raise ValueError(f"knobs.{stage.name}.top_k={knobs.top_k}: must lie in 1 … model.route_top_k={config.route_top_k}")
+            for name in ("local_window", "local_share"):
+                if getattr(knobs, name) is not None and config.memory != "local+canonical":
+                    rule = f'needs model.memory="local+canonical", this is {config.memory!r}'
+                    raise ValueError(f"knobs.{stage.name}.{name}={getattr(knobs, name)}: {rule}")
+            _check_branches(stage.name, knobs, config)
+
+
+def _check_branches(stage: str, knobs: Knobs, config: BrianConfig) -> None:
+    """Refuse branches that the model would refuse once the stage has come."""
+    beams = config.route_beams if knobs.route_beams is None else knobs.route_beams
+    where = f"knobs.{stage}.route_beams={beams}"
+    if beams < 1:
+        raise ValueError(f"{where}: must be at least 1")
+    if beams > 1 and config.route_top_k > 1:
+        raise ValueError(f"{where}: needs model.route_top_k=1, since a branch visits one block in each step")
+    if beams > 1 and (knobs.router_share < 1 or knobs.random_depth):
+        rule = f"needs router_share=1 and random_depth=0, these are {knobs.router_share:g} and {knobs.random_depth:g}"
+        raise ValueError(f"{where}: {rule}")
 
 
 def _known_stages(parts: Mapping[str, float], names: Mapping[str, float]) -> Mapping[str, float]:
