@@ -282,9 +282,11 @@ def test_a_model_is_used_with_the_window_it_was_trained_with_last(tmp_path: Path
 
 def test_codes_begin_where_the_blocks_are_when_they_are_first_read() -> None:
     model = built(memory="local+canonical", local_window=3, left_rows="refreshed").train()
-    first, then = (curriculum("stage-5", 10, config=model.config).at(step)[1] for step in (0, 9))
+    wide, then = (curriculum("stage-5", 10, config=model.config).at(step)[1] for step in (0, 9))
+    first = replace(wide, local_window=LENGTH - 1.0)
     before = {name: p.detach().clone() for name, p in model.codes.named_parameters()}
     model(ids(2), labels=ids(2), knobs=replace(first, local_window=0.0))
+    model(ids(2), labels=ids(2), knobs=wide)  # as wide as the context, and wider than these rows
     assert all(torch.equal(p, before[name]) for name, p in model.codes.named_parameters())
     model(ids(2), labels=ids(2), knobs=first)
     begun = {name: p.detach().clone() for name, p in model.codes.named_parameters()}

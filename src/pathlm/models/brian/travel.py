@@ -199,15 +199,22 @@ def _remember(model: Any, h_BTD: Tensor, journey: Journey, rotary: tuple[Tensor,
     if codes is None:
         return False
     if model.training and journey.knobs is not None:
-        unread = codes.reach == ROWS_ONLY and model.config.post_memory == "own"
+        unread = _rows_alone(codes.reach, h_BTD.shape[1]) and model.config.post_memory == "own"
         codes.set_reach(journey.knobs.local_window, journey.knobs.local_share)
-        if unread and codes.reach != ROWS_ONLY:
+        if unread and not _rows_alone(codes.reach, h_BTD.shape[1]):
             begin(model)
-    in_pool = codes.reach != ROWS_ONLY
+    # What is remembered may be read once the text has outgrown the window.
+    in_pool = codes.reach != ROWS_ONLY if memory is not None else not _rows_alone(codes.reach, h_BTD.shape[1])
     if in_pool or model.config.post_memory == "canonical":
         rows = codes.write(h_BTD, rotary)
         journey.code_rows = CodeRows(rows) if memory is None else CodeRows(memory.add(rows), memory.slots(0))
     return in_pool
+
+
+def _rows_alone(reach: tuple[int, float], tokens: int) -> bool:
+    """Whether a text of so many tokens is read as rows alone."""
+    window, share = reach
+    return share == 1 and (not window or window >= tokens)
 
 
 def _last(journey: Journey, h_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
