@@ -51,7 +51,8 @@ def test_a_prefill_is_timed_beside_the_plain_decoder():
 @pytest.mark.parametrize("name", [remembered.CANONICAL, remembered.MIXED.format(64)])
 def test_a_stream_keeps_what_it_kept_at_its_beginning(name):
     first, *later = remembered.streamed(remembered.Extent(**vars(TINY) | {"stream": (1_200, 1_800, 2_400)}), name, "cpu")
-    assert first["tokens"] == 1_200 and first["peak"] > 0 and first["held"] <= first["allocated"]
+    # In a process that has been larger before, the peak need not rise; the slow test below measures in fresh ones.
+    assert first["tokens"] == 1_200 and first["peak"] >= 0 and first["held"] <= first["allocated"]
     assert all(mark["allocated"] <= 1.05 * first["allocated"] for mark in later)
     config = remembered.as_trained(TINY, name, "cpu", **remembered.windowed(TINY, name)).config
     assert cache_numbers_per_token(config) == 0

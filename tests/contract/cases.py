@@ -145,7 +145,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
             "code_sinks": 1,
             "attention_window": 4,
         },
-        "fading rows": {"memory": "local+canonical", "code_dim": 5, "code_adapter": "block", "code_delta_rank": 1, "local_share": 0.4},
+        "fading rows": {"memory": "local+canonical", "code_dim": 12, "code_adapter": "block", "code_delta_rank": 1, "local_share": 0.4},
         "few rows and codes": {
             "memory": "local+canonical",
             "local_window": 2,
