@@ -51,14 +51,13 @@ def test_a_prefill_is_timed_beside_the_plain_decoder():
 @pytest.mark.parametrize("name", [remembered.CANONICAL, remembered.MIXED.format(64)])
 def test_a_stream_keeps_what_it_kept_at_its_beginning(name):
     first, *later = remembered.streamed(remembered.Extent(**vars(TINY) | {"stream": (1_200, 1_800, 2_400)}), name, "cpu")
-    # In a process that has been larger before, the peak need not rise; the slow test below measures in fresh ones.
-    assert first["tokens"] == 1_200 and first["peak"] >= 0 and first["held"] <= first["allocated"]
+    # The peak is for a process of its own to tell (below): one that has been larger before does not rise.
+    assert first["tokens"] == 1_200 and first["held"] <= first["allocated"]
     assert all(mark["allocated"] <= 1.05 * first["allocated"] for mark in later)
     config = remembered.as_trained(TINY, name, "cpu", **remembered.windowed(TINY, name)).config
     assert cache_numbers_per_token(config) == 0
 
 
-@pytest.mark.slow
 def test_streams_are_measured_in_processes_of_their_own():
     found, rows = told("--only", "stream")
     assert rows["stream with windows, canonical, 900 tokens: peak of the process"]["median"] > 0

@@ -109,9 +109,13 @@ def rows_are_written_together_as_they_are_read(model: Any) -> None:
                     out = model(tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=memory, use_cache=True)
                 memory, present = out.past_key_values, mask[:, start:stop].bool()
                 equal(out.logits[present], whole.logits[:, start:stop][present])
-                if present.all() and getattr(model.config, "route_beams", 1) == 1:  # a trace tells of the best branches only
+                if present.all() and getattr(model.config, "route_beams", 1) == 1:
                     expected = [int((visits_BTS[:, start:stop] == 1 + number).sum()) for number in range(len(counts))]
                     assert counts == expected, f"visits of each block {counts}, with a trace {expected}"
+                elif present.all():  # a trace names the blocks of the best branch, and counts those of all
+                    pool = slice(model.config.pre_blocks, model.config.pre_blocks + model.config.pool_blocks)
+                    visits = int(whole.trace.visits_BT[:, start:stop].sum())
+                    assert sum(counts[pool]) == visits, f"{sum(counts[pool])} visits in the pool, with a trace {visits}"
                 start = stop
 
 
