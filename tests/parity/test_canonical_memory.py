@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_take_tokens_back_keeps_them_in_every_layer() -> Non
         ({"post_memory": "canonical"}, "post_memory='canonical'.*no codes"),
         ({"attention_sinks": 1}, "attention_sinks=1.*attention_window"),
         ({"memory": "canonical", "code_dim": 33}, "code_dim=33: must be at most hidden_size=32"),
-        ({"route_beams": 2, "beam_expansion": 1}, "beam_expansion=1: must be at least 2"),
+        ({"route_beams": 2, "beam_expansion": 1}, "route_beams=2: needs beam_expansion above 1"),
     ],
 )
 def test_a_memory_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -263,6 +263,9 @@ def test_a_curriculum_narrows_the_window_or_lets_rows_fade(window: int, start: t
         reach = [(knobs.local_window, knobs.local_share) for knobs in (found.stages[-2].knobs(0), found.at(999)[1])]
         assert reach == [start, end]
     assert [stage.name for stage in curriculum("stage-5", 100, config=config).stages] == ["narrowing", "codes"]
+    if window:  # a window wider than the text would be none, so narrowing begins at the text's length, but never below where it ends
+        widths = [curriculum("stage-5", 100, config=config, length=length).stages[0].start.local_window for length in (24, 2)]
+        assert widths == [24.0, float(window)]
     alone = Case("", "brian", ROUTE | {"memory": "canonical"}).config()
     assert "codes" not in [stage.name for stage in curriculum("default", 1_000, config=alone).stages]
 

@@ -74,7 +74,7 @@ def weights(tmp_path_factory):
         ({"curriculum": "route", "knobs": {"route_beams": 2}}, "knobs.wrapped.route_beams=2: needs router_share=1 and random_depth=0"),
         (
             {"curriculum": "route", "knobs": {"exit.route_beams": 2}, "model": POOL | {"route_top_k": 2}},
-            "knobs.exit.route_beams=2: needs model.route_top_k=1",
+            "knobs.exit.route_beams=2: needs route_top_k=1",
         ),
         ({"curriculum": "route", "knobs": {"top_k": 2}}, r"knobs.wrapped.top_k=2: must lie in 1 … model.route_top_k=1"),
         ({"curriculum": "route", "knobs": {"exit.budget": 0.1}}, r"knobs.exit.budget=0.1: no less than min_route_steps / max_route_steps"),

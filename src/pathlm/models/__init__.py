@@ -19,7 +19,7 @@ FAMILIES = ("brian", "brillm")
 def family(model_type: str) -> ModuleType:
     """Return the package of a family by its `model_type`.
 
-    Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps, knobs=…, stages=…, config=…)`,
+    Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps, knobs=…, stages=…, config=…, length=…)`,
     `param_groups(model, optim)`, `from_rows(config, rows)` (a fresh model for what a run reads), `start_from(folder, config)`,
     `check_start(theirs, config, origin=…)` (whether a model may begin with the weights of another configuration),
     `paths(output, tokenizer)`, `FROM_DATA` (fields that a run's data decide, besides the vocabulary) and `FRESH` (fields that say how a

@@ -61,7 +61,7 @@ def resolve(config: RunConfig, *, verify: bool = True) -> Job:
     # A typo in a recipe is told before a large corpus is opened.
     model_config = library.preset_for_data(config.preset, **config.model)
     package = family(model_config.model_type)
-    curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages)
+    curriculum = partial(package.curriculum, config.curriculum, knobs=config.knobs, stages=config.stages, length=config.data.length)
     curriculum(config.steps, config=model_config)
     init = find_init(config)
     made = _made_with(config, init["checkpoint"], package.FRESH) if init else {}

@@ -195,12 +195,8 @@ class BrianConfig(PreTrainedConfig):
             ("beam_merge", MERGES),
         ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
-        for name in ("route_beams", "beam_expansion"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(self.route_beams == 1 or self.route_top_k == 1, "route_beams", self.route_beams, "needs route_top_k=1")
-        _require(self.route_beams == 1 or self.pool_blocks > 0, "route_beams", self.route_beams, "there is no pool to branch in")
-        several = "must be at least 2 where route_beams is above 1: one action makes no second branch"
-        _require(self.route_beams == 1 or self.beam_expansion > 1, "beam_expansion", self.beam_expansion, several)
+        _require(self.beam_expansion >= 1, "beam_expansion", self.beam_expansion, "must be at least 1")
+        self.check_branches(self.route_beams)
         for name in ("beam_decay", "beam_cost", "beam_margin"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "must be a finite number and not negative")
@@ -209,6 +205,14 @@ class BrianConfig(PreTrainedConfig):
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
         _require(math.isfinite(self.location_bias), "location_bias", self.location_bias, "must be a finite number")
         _require(not self.location_bias or self.block_position != "none", "location_bias", self.location_bias, "needs a block_position")
+
+    def check_branches(self, branches: int, name: str = "route_beams") -> None:
+        """Raise `ValueError`, saying `name`, for a number of branches that tokens of this model cannot have."""
+        _require(branches >= 1, name, branches, "must be at least 1")
+        if branches > 1:
+            _require(self.pool_blocks > 0, name, branches, "a plain decoder has no pool to branch in")
+            _require(self.route_top_k == 1, name, branches, "needs route_top_k=1, since a branch visits one block in each step")
+            _require(self.beam_expansion > 1, name, branches, "needs beam_expansion above 1, since one action makes no second branch")
 
     def _validate_memory(self) -> None:
         """Check what is said about codes and windows."""

@@ -83,6 +83,14 @@ class Knobs:
     diversity: float = 0.0
     exit: float = 0.0
     """Weight of the regression of the measured gain."""
+
+    def check_branches(self, name: str, branches: int) -> None:
+        """Raise `ValueError`, saying `name`, where tokens cannot have several branches while these knobs hold."""
+        if self.router_share < 1 or self.random_depth:
+            given = f"these are {self.router_share:g} and {self.random_depth:g}"
+            rule = f"needs router_share=1 and random_depth=0 ({given}): branches follow no teacher and leave when they choose to"
+            raise ValueError(f"{name}={branches}: {rule}")
+
     exit_boundary: float = 0.0
     exit_min_step: int = 2
     """The exit-boundary loss holds p(OUT) down before this step."""
@@ -203,11 +211,12 @@ def curriculum(
     knobs: Mapping[str, Any] | None = None,
     config: BrianConfig | None = None,
     stages: Mapping[str, float] | None = None,
+    length: int | None = None,
 ) -> Curriculum:
-    """Return the curriculum `name` for a run of `steps` optimizer steps.
+    """Return the curriculum `name` for a run of `steps` optimizer steps with texts of `length` tokens (by default the model's context).
 
     A model that reads the newest tokens as rows and the others as codes gets two stages more: in `narrowing` the rows' window shrinks from
-    the whole context to `local_window`, or, where that is 0, their weight fades to nothing; in `codes` it stays so. One with several
+    the whole text to `local_window`, or, where that is 0, their weight fades to nothing; in `codes` it stays so. One with several
     `route_beams` gets `parallel` last, and one branch before. Alone these are `stage-5` and `stage-6`.
 
     A plain decoder has `default` alone, also called `plain`. A model with a pool has `default` (stages 0 to 4), `route` (1 to 4, for one
@@ -226,13 +235,13 @@ def curriculum(
             raise ValueError(f"curriculum={name!r}: a plain decoder has only default (also called plain)")
         rows: tuple[Stage, ...] = (Stage("plain", steps=None, start=Knobs()),)
     elif name in CURRICULA:
-        every, usual = _extended(*CURRICULA[name], config)
+        every, usual = _extended(*CURRICULA[name], config, length)
         parts = dict(zip((stage.name for stage in every), usual, strict=True))
         rows = _timed(every, parts | dict(_known_stages(stages or {}, parts)), steps)
     elif name == "fixed":
         rows = (replace(STAGES[0], name="fixed"),)
     elif name == f"stage-{len(STAGES)}" and config is not None and config.memory == "local+canonical":
-        rows = _timed(_memory_stages(config, LEFT), {"narrowing": 0.6, "codes": 0.4}, steps)
+        rows = _timed(_memory_stages(config, LEFT, length), {"narrowing": 0.6, "codes": 0.4}, steps)
     elif name == f"stage-{len(STAGES) + 1}" and config is not None and config.route_beams > 1:
         rows = (_parallel_stage(config, LEFT),)
     elif name in (known := [f"stage-{i}" for i in range(len(STAGES))]):
@@ -248,7 +257,7 @@ def curriculum(
 
 
 def _extended(
-    stages: tuple[Stage, ...], parts: tuple[float, ...], config: BrianConfig | None
+    stages: tuple[Stage, ...], parts: tuple[float, ...], config: BrianConfig | None, length: int | None
 ) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
     """Add the stages that a model's memory and branches ask for; before them, tokens are rows, and take one way."""
     if config is None:
@@ -259,7 +268,7 @@ def _extended(
     ):
         if wanted:
             last = stages[-1].end or stages[-1].start
-            added = _memory_stages(config, last) if name == "memory" else (_parallel_stage(config, last),)
+            added = _memory_stages(config, last, length) if name == "memory" else (_parallel_stage(config, last),)
             stages = (*(_with(stage, before) for stage in stages), *added)
             parts = (*(part * (1 - sum(more)) for part in parts), *more)
     return stages, parts
@@ -275,10 +284,11 @@ def _parallel_stage(config: BrianConfig, knobs: Knobs) -> Stage:
     return Stage("parallel", None, replace(knobs, route_beams=config.route_beams, beam_share=0.5), gates=gates)
 
 
-def _memory_stages(config: BrianConfig, knobs: Knobs) -> tuple[Stage, ...]:
+def _memory_stages(config: BrianConfig, knobs: Knobs, length: int | None) -> tuple[Stage, ...]:
     """Return the stage in which a pool's rows make way for codes, and the one after it."""
     if config.local_window:
-        start = replace(knobs, local_window=float(config.max_position_embeddings), local_share=1.0)
+        whole = max(length or config.max_position_embeddings, config.local_window)  # a window as wide as the text is none
+        start = replace(knobs, local_window=float(whole), local_share=1.0)
         end = replace(start, local_window=float(config.local_window))
     else:
         start = replace(knobs, local_window=0.0, local_share=1.0)
@@ -301,20 +311,10 @@ def _check_fit(found: Curriculum, config: BrianConfig) -> None:
                 if getattr(knobs, name) is not None and config.memory != "local+canonical":
                     rule = f'needs model.memory="local+canonical", this is {config.memory!r}'
                     raise ValueError(f"knobs.{stage.name}.{name}={getattr(knobs, name)}: {rule}")
-            _check_branches(stage.name, knobs, config)
-
-
-def _check_branches(stage: str, knobs: Knobs, config: BrianConfig) -> None:
-    """Refuse branches that the model would refuse once the stage has come."""
-    beams = config.route_beams if knobs.route_beams is None else knobs.route_beams
-    where = f"knobs.{stage}.route_beams={beams}"
-    if beams < 1:
-        raise ValueError(f"{where}: must be at least 1")
-    if beams > 1 and config.route_top_k > 1:
-        raise ValueError(f"{where}: needs model.route_top_k=1, since a branch visits one block in each step")
-    if beams > 1 and (knobs.router_share < 1 or knobs.random_depth):
-        rule = f"needs router_share=1 and random_depth=0, these are {knobs.router_share:g} and {knobs.random_depth:g}"
-        raise ValueError(f"{where}: {rule}")
+            beams = config.route_beams if knobs.route_beams is None else knobs.route_beams
+            config.check_branches(beams, where := f"knobs.{stage.name}.route_beams")
+            if beams > 1:
+                knobs.check_branches(where, beams)
 
 
 def _known_stages(parts: Mapping[str, float], names: Mapping[str, float]) -> Mapping[str, float]:

@@ -208,21 +208,11 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     def _check_beams(self, beams: int | None, knobs: Knobs | None, depths: Tensor | None) -> None:
         if beams is None:
             beams = knobs.route_beams if knobs is not None and knobs.route_beams is not None else self.config.route_beams
-        if beams < 1:
-            raise ValueError(f"route_beams={beams}: must be at least 1")
-        if beams == 1:
-            return
-        if self.pool is None:
-            raise ValueError(f"route_beams={beams}: a plain decoder has no pool to branch in")
-        if self.config.route_top_k > 1:
-            raise ValueError(f"route_beams={beams}: needs route_top_k=1, since a branch visits one block in each step")
-        if self.config.beam_expansion == 1:
-            raise ValueError(f"route_beams={beams}: needs beam_expansion of at least 2, since one action makes no second branch")
-        if depths is not None:
+        self.config.check_branches(beams)
+        if beams > 1 and depths is not None:
             raise ValueError(f"depths: with route_beams={beams} a token's branches leave when they choose to")
-        if knobs is not None and (knobs.router_share < 1 or knobs.random_depth):
-            rule = "needs router_share=1 and random_depth=0: branches follow no teacher and leave when they choose to"
-            raise ValueError(f"route_beams={beams}: {rule}")
+        if beams > 1 and knobs is not None:
+            knobs.check_branches("route_beams", beams)
 
     def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
         config = self.config

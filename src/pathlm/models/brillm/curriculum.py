@@ -22,8 +22,12 @@ def curriculum(
     knobs: Mapping[str, Any] | None = None,
     stages: Mapping[str, float] | None = None,
     config: BrillmConfig | None = None,
+    length: int | None = None,
 ) -> Curriculum:
-    """Return the curriculum `default`. Raises `ValueError` for another name, and for knobs and stages that there are not."""
+    """Return the curriculum `default`; texts of any `length` have the same.
+
+    Raises `ValueError` for another name, and for knobs and stages that there are not.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
     if name != "default":
