@@ -224,6 +224,11 @@ ROUTED = (
         "brian",
         FACTORS["memory"]["few rows and codes"] | {"pool_blocks": 4, "max_route_steps": 4, "code_dim": 6, "num_key_value_heads": 2},
     ),
+    Case(
+        "few rows",
+        "brian",
+        {"pool_blocks": 4, "max_route_steps": 4, "local_window": 3, "attention_window": 4, "left_rows": "refreshed", "num_key_value_heads": 2},
+    ),
     Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
 )
 
@@ -243,6 +248,7 @@ BRANCHED = (
     branched(", refreshed, few are kept", 4, left_rows="refreshed", beam_margin=1.0),
     branched(" over codes", 2, memory="canonical", post_memory="canonical"),
     branched(" over newest codes", 4, memory="canonical", code_window=4, min_route_steps=2),
+    branched(" over few rows", 2, local_window=3),
     branched(" over rows and codes", 2, local_window=3, beam_cost=0.2, **MIXED),
     branched(" over fading rows", 4, share=0.4, max_repeats=1, **MIXED),
     branched(", budget 0.5, a window", 4, budget=0.5, block_position="none", attention_window=4),

@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_take_tokens_back_keeps_them_in_every_layer() -> Non
     ("options", "message"),
     [
         ({"memory": "global"}, "memory='global'"),
-        ({"local_window": 3}, "local_window=3.*local\\+canonical"),
+        ({"memory": "canonical", "local_window": 3}, "local_window=3.*there are no rows"),
         ({"code_dim": 4}, "code_dim=4.*there are no codes"),
         ({"memory": "canonical", "code_sinks": 2}, "code_sinks=2.*code_window"),
         ({"memory": "canonical", "left_rows": "refreshed"}, "left_rows='refreshed'.*rows"),

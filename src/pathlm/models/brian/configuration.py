@@ -60,7 +60,8 @@ class BrianConfig(PreTrainedConfig):
     """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits; `canonical`
     one code per token for the whole pool, written once on entering it; `local+canonical` rows of the newest tokens, codes of the others."""
     local_window: int = 0
-    """With `local+canonical`: how many newest tokens, itself included, a token reads as rows; 0 is all. What training last set counts."""
+    """How many newest tokens, itself included, a token reads as rows; 0 is all. With `local+canonical` it reads the others as codes, and what
+    training last set counts."""
     code_dim: int | None = None
     """Numbers in a code; None is half of `hidden_size`, 0 the normalised state as it is. Beside them `head_dim` of a key that knows its
     position."""
@@ -225,8 +226,8 @@ class BrianConfig(PreTrainedConfig):
         for of in ("code", "attention"):
             sinks, window = getattr(self, f"{of}_sinks"), getattr(self, f"{of}_window")
             _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs {of}_window: without one every token is seen anyway")
-        mixed = f'needs memory="local+canonical", this is {self.memory!r}'
-        _require(not self.local_window or self.memory == "local+canonical", "local_window", self.local_window, mixed)
+        rows = f'there are no rows: memory={self.memory!r}, pool_blocks={self.pool_blocks}'
+        _require(not self.local_window or self.remembers_rows, "local_window", self.local_window, rows)
         kept = 'needs rows to keep: memory must be "local" or "local+canonical"'
         _require(self.left_rows == "kept" or self.memory != "canonical", "left_rows", self.left_rows, kept)
         if self.remembers_codes:

@@ -159,7 +159,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
 
     def new_memory(self) -> BrianCache:
         """Return the memory of texts of which nothing has been read."""
-        return BrianCache(self.config, local_window=0 if self.codes is None else self.codes.reach[0])
+        return BrianCache(self.config, local_window=self.config.local_window if self.codes is None else self.codes.reach[0])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pathlm.models.brian.memory import NewestRows
-from pathlm.models.brian.table import Surroundings, code_mask, mixed_masks
+from pathlm.models.brian.table import Surroundings, code_mask, mixed_masks, row_mask
 from pathlm.models.layers import attend, rotate, turned
 
 # Shapes: B rows of one token each, n of them still in the pool in the order of rows, D width, H heads, G key/value heads, h = H / G heads
@@ -37,7 +37,7 @@ class Outlook:
     def _mask(self, around: Surroundings, like: Tensor) -> Tensor | None:
         """Return what is added to scores, made once for all steps: (B, 1, 1, S), both kinds side by side; None where all is seen."""
         if around.codes is None:
-            return around.sight.mask
+            return row_mask(around)
         if self.writes:
             seen: Tensor | None = torch.cat(mixed_masks(around, like.dtype), dim=-1)
         else:

@@ -61,7 +61,8 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
     heads, groups, width, pool = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.pool_blocks
     assert groups is not None and width is not None
     mlp, whole = 3 * config.hidden_size * config.intermediate_size, (length + 1) / 2
-    own = config.hidden_size * (2 * heads + 2 * groups) * width + 2 * heads * width * _seen(config.attention_window, whole) + mlp
+    products = config.hidden_size * (2 * heads + 2 * groups) * width + mlp
+    own = products + 2 * heads * width * _seen(config.attention_window, whole)
     # A reader of codes makes queries only; it asks in the codes' space and translates what it reads.
     code, mixed = config.code_width, config.memory == "local+canonical"
     far = _seen(config.code_window, whole)
@@ -72,9 +73,9 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
     if pool:
         seen, hidden = config.block_position_dim, config.router_hidden
         router = (config.hidden_size + seen) * (hidden or pool + 1) + hidden * (pool + 1)
-        visit = reader if config.memory == "canonical" else own
+        visit = reader if config.memory == "canonical" else products + 2 * heads * width * _seen(config.local_window, whole)
         if mixed and config.local_window:
-            visit = own + asking + heads * (2 * code + width) * max(far - config.local_window, 0)
+            visit += asking + heads * (2 * code + width) * max(far - config.local_window, 0)
         step = config.route_top_k * (visit + seen * config.hidden_size * config.blocks_see_position) + router
     return 2 * (config.pre_blocks * own + posts + config.max_route_steps * step + config.hidden_size * config.vocab_size)
 

@@ -141,7 +141,7 @@ def _visit(
             inputs[id(branch)] = (h_D, query)
             branch.row = (key, value) if config.remembers_rows else None
     shared = [branches[0].row for branches in tokens]
-    window, share = (0, 1.0) if model.codes is None else model.codes.reach
+    window, share = (config.local_window, 1.0) if model.codes is None else model.codes.reach
     for t, branches in enumerate(tokens):
         for branch in branches:
             if branch.left:
@@ -153,7 +153,7 @@ def _visit(
                 seen = reference_codes.seen_from(t, documents, model, mine, codes, window=window, share=share)
                 heard = reference_codes.read(model, block, number - 1, h_D, positions[t], seen)
             else:
-                heard = attend(query, [row for s in visible(t, documents) if (row := mine[s]) is not None], model)
+                heard = attend(query, [row for s in visible(t, documents, window) if (row := mine[s]) is not None], model)
             branch.h_D = finish(model, block, branch.h_D, heard)
             branch.p_P = None if branch.p_P is None else pool_of(model).position[number]
 

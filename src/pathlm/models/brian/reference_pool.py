@@ -83,7 +83,7 @@ def read(
     """
     config = model.config
     documents = document_ids or [0] * len(input_ids)
-    window, local_share = (0, 1.0) if model.codes is None else model.codes.reach
+    window, local_share = (config.local_window, 1.0) if model.codes is None else model.codes.reach
     first_post = config.pre_blocks + config.pool_blocks
     hidden = ordinary(model, model.blocks[: config.pre_blocks], [model.embed_tokens.weight[token] for token in input_ids], documents)
     table = pool_of(model).position if config.block_position != "none" else None
@@ -201,7 +201,7 @@ def _visit(
                 for number, h_D in zip(traveller.route[-1], inputs[t], strict=True)
             ]
         else:
-            near = [row for s in visible(t, documents) if (row := table[s]) is not None]
+            near = [row for s in visible(t, documents, window) if (row := table[s]) is not None]
             heard = [attend(q, near, model) for q in query[t]]
         results = [
             finish(model, block_of(model, number), traveller.h_D, read) for number, read in zip(traveller.route[-1], heard, strict=True)

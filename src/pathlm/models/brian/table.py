@@ -31,6 +31,8 @@ class Surroundings:
     code_rows: CodeRows | None = None
     reads: Reads | None = None
     """What counts how much is read of codes"""
+    window: int = 0
+    """How many newest tokens are read where there are rows and no codes; 0 is all"""
     recompute: bool = False
     """Compute the inside of blocks again in the backward pass."""
 
@@ -45,7 +47,7 @@ class Table:
         if around.memory is not None:
             around.memory.extend(h_BTD.new_empty(()).expand(self.rows, groups, self.tokens, width))
         if self.codes is None:
-            self.mask = around.sight.within(0)
+            self.mask = row_mask(around)
         elif groups:
             self.mask = torch.cat(mixed_masks(around, h_BTD.dtype), dim=-1)
         else:
@@ -178,6 +180,11 @@ class Table:
         when = torch.zeros(self.rows * per_row, dtype=torch.long, device=place.device)
         when[slot] = place % self.tokens
         return per_row, slot, when.view(self.rows, per_row)
+
+
+def row_mask(around: Surroundings) -> Tensor | None:
+    """Return which rows tokens see that read nothing else (B, 1, T, S); None where they see those of all tokens up to them."""
+    return around.sight.within(around.window, 0, None if around.memory is None else around.memory.slots(0))
 
 
 def code_mask(codes: Codes, rows: CodeRows | None, sight: Sight) -> Tensor | None:

@@ -151,7 +151,9 @@ def travel(
     sight = journey.sight
     assert sight is not None
     beams = _beams(model, journey)
-    around = Surroundings(rotary, sight, rows, model.codes if reads_codes else None, journey.code_rows, journey.reads, recompute)
+    window = model.config.local_window if model.codes is None else 0
+    codes = model.codes if reads_codes else None
+    around = Surroundings(rotary, sight, rows, codes, journey.code_rows, journey.reads, window, recompute)
     if beams == 1 and (memory is not None or not reads_codes) and suits(model, h_BTD, journey):
         h_BTD, journey.records.evaluations = walk(pool, model.pool_blocks, h_BTD, around, journey.budget)
         return h_BTD
