@@ -109,7 +109,7 @@ def test_processes_that_draw_different_numbers_begin_codes_alike() -> None:
 
 @torch.no_grad()
 def test_a_cache_that_cannot_take_tokens_back_keeps_them_in_every_layer() -> None:
-    model = built(memory="canonical", code_window=4, attention_window=100)
+    model = built(memory="canonical", code_window=4, attention_window=180)
     cache = model(torch.randint(8, (1, 200)), use_cache=True).past_key_values
     cache = model(torch.randint(8, (1, 1)), past_key_values=cache).past_key_values
     with pytest.raises(ValueError, match="tokens_to_remove=-90: a window of 4 has forgotten"):

@@ -18,6 +18,8 @@ from pathlm.models.brian.sight import needed
 
 SMALLEST = 64
 """Tokens a new buffer has room for at least."""
+SPARE = 24
+"""Tokens kept beyond a window, so that `crop` can take back what was read last."""
 
 
 class BlockMemory(DynamicLayer):
@@ -43,17 +45,19 @@ class BlockMemory(DynamicLayer):
     def forget(self, segment_BS: Tensor | None) -> None:
         """Forget what later tokens will not see, when that is more than what they may see. `segment_BS` are the documents' numbers.
 
-        A few tokens more than the window are kept, so that `crop` can take back what was read last.
+        That is done when a quarter more than these has come, so that few rows are moved for each token read.
         """
-        if not self.window or self._buffers is None or self._length < 2 * (self.window + self.sinks) + 2 * SMALLEST:
+        seen = self.window + self.sinks
+        limit = seen + SPARE + max(SPARE, seen // 4)
+        if not self.window or self._buffers is None or self._length < limit:
             return
         past = self.get_seq_length()
         slots = self.slots(0)
         if slots is None:
             slots = torch.arange(past, device=self._buffers[0].device)
-        index = needed(past, segment_BS, slots, window=self.window + SMALLEST, sinks=self.sinks)
+        index = needed(past, segment_BS, slots, window=self.window + SPARE, sinks=self.sinks)
         shape = self._buffers[0].shape
-        room = max(2 * (self.window + self.sinks) + 3 * SMALLEST, len(index))
+        room = max(limit, len(index))
         fresh = [buffer.new_empty(*shape[:2], room, buffer.shape[-1]) for buffer in self._buffers]
         for buffer, target in zip(self._buffers, fresh, strict=True):
             target[:, :, : len(index)] = buffer.index_select(2, index)
