@@ -135,19 +135,21 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "router": {"": {}, "deep router": {"router_hidden": 8}},
     "memory": {
         "": {},
-        "codes": {"memory": "canonical", "code_dim": 0},
-        "small codes everywhere": {"memory": "canonical", "code_dim": 6, "code_adapter": "block", "post_memory": "canonical"},
+        "codes": {"memory": "canonical", "code_dim": 0, "code_adapter": "shared"},
+        "small codes everywhere": {"memory": "canonical", "code_dim": 6, "code_keys": 1, "post_memory": "canonical"},
         "newest codes": {
             "memory": "canonical",
             "code_dim": 6,
+            "code_keys": 2,
             "code_delta_rank": 2,
             "code_window": 4,
             "code_sinks": 1,
             "attention_window": 4,
         },
-        "fading rows": {"memory": "local+canonical", "code_dim": 12, "code_adapter": "block", "code_delta_rank": 1, "local_share": 0.4},
+        "fading rows": {"memory": "local+canonical", "code_dim": 12, "code_keys": 3, "code_delta_rank": 1, "local_share": 0.4},
         "few rows and codes": {
             "memory": "local+canonical",
+            "code_adapter": "shared",
             "local_window": 2,
             "code_window": 5,
             "code_sinks": 2,
@@ -227,7 +229,14 @@ ROUTED = (
     Case(
         "few rows",
         "brian",
-        {"pool_blocks": 4, "max_route_steps": 4, "local_window": 3, "attention_window": 4, "left_rows": "refreshed", "num_key_value_heads": 2},
+        {
+            "pool_blocks": 4,
+            "max_route_steps": 4,
+            "local_window": 3,
+            "attention_window": 4,
+            "left_rows": "refreshed",
+            "num_key_value_heads": 2,
+        },
     ),
     Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
 )
@@ -239,7 +248,7 @@ def branched(name: str, branches: int, *, share: float = 1.0, budget: float | No
     return Case(f"{branches} branches{name}", "brian", usual | options, {} if budget is None else {"budget": budget}, share)
 
 
-MIXED = {"memory": "local+canonical", "code_dim": 6, "code_adapter": "block"}
+MIXED = {"memory": "local+canonical", "code_dim": 6, "code_keys": 2}
 BRANCHED = (
     branched("", 2),
     branched(", the winner leaves", 4, beam_expansion=3, beam_merge="winner", beam_decay=0.9),

@@ -73,7 +73,7 @@ def test_a_broken_way_through_rows_and_codes_fails_the_check_that_guards_against
 
 def broken(owner: Any, name: str, fault: Any, check: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Assert that a model with this memory passes a check, and fails it with the fault."""
-    options = {"memory": kept, "code_adapter": "block", "code_window": 5, "code_sinks": 1, "attention_window": 4}
+    options = {"memory": kept, "code_window": 5, "code_sinks": 1, "attention_window": 4}
     options |= {"local_window": 3} if kept == "local+canonical" else {}
     model, sound = replace(ROUTED[0], options=ROUTED[0].options | options).build(), getattr(owner, name)
     getattr(checks, check)(model)

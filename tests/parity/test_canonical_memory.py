@@ -18,12 +18,13 @@ from pathlm.models.brian.convert import start_from, wrap
 from pathlm.models.brian.curriculum import Knobs, curriculum
 from pathlm.models.brian.memory import BrianCache
 from pathlm.models.brian.sight import Sight
+from pathlm.models.layers import turned
 
 ROUTE = {"pool_blocks": 3, "max_route_steps": 4, "block_position_dim": 6}
 CODES = (
     {"code_dim": 6},
-    {"code_dim": 0, "code_adapter": "block"},
-    {"code_adapter": "block", "code_delta_rank": 2, "num_key_value_heads": 2},
+    {"code_dim": 0, "code_adapter": "shared", "code_keys": 2},
+    {"code_keys": 1, "code_delta_rank": 2, "num_key_value_heads": 2},
 )
 
 
@@ -59,12 +60,33 @@ def test_codes_begin_as_what_the_blocks_would_make_of_the_state_that_enters(tmp_
     """With codes of all numbers, a value that is read is the block's own value of that state."""
     model = built(block_position_to="router")
     model.save_pretrained(tmp_path)
-    codes = start_from(tmp_path, changed(model.config, memory="canonical", code_adapter="block", code_dim=32)).codes
+    codes = start_from(tmp_path, changed(model.config, memory="canonical", code_dim=32)).codes
     h_nD = torch.randn(5, 32, dtype=torch.float64)
     code_nC = codes.down(codes.norm(h_nD))
     for number, block in enumerate(model.pool_blocks):
         value_nGK = block.remember(h_nD)[:, block.groups :]
         torch.testing.assert_close(codes.answer(number, code_nC[:, None].expand(-1, block.heads, -1)), value_nGK, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [4, 12])
+def test_heads_begin_to_look_for_codes_as_they_looked_for_rows(keys: int, tmp_path: Path) -> None:
+    """With a turned key for every head of every block all scores are those of rows of the states that entered; with fewer, the nearest."""
+    model = built(block_position_to="router", pool_blocks=3, num_attention_heads=4)
+    model.save_pretrained(tmp_path)
+    codes = start_from(tmp_path, changed(model.config, memory="canonical", code_dim=32, code_keys=keys)).codes
+    h_BTD = torch.randn(1, 9, 32, dtype=torch.float64)
+    rotary = model.rotary(torch.arange(9)[None], torch.float64)
+    table_BTW = codes.write(h_BTD, rotary)[:, 0]
+    off = []
+    for number, block in enumerate(model.pool_blocks):
+        qkv = block.project(h_BTD)
+        query, key, _ = turned(qkv, rotary, block.heads)
+        asked = codes.ask(number, qkv[0, :, : block.heads])[None]
+        question = codes.question(asked, rotary).transpose(1, 2)
+        found = question @ table_BTW[:, None].mT * (block.width / question.shape[-1]) ** 0.5
+        off.append((found - query @ key.repeat_interleave(block.heads // block.groups, 1).mT).square().mean() / found.square().mean())
+    assert (max(off) < 1e-10) if keys == 12 else (1e-6 < max(off) < 0.5)
 
 
 def test_codes_that_nobody_has_read_begin_as_if_they_were_new(tmp_path: Path) -> None:
@@ -86,7 +108,8 @@ def test_codes_that_nobody_has_read_begin_as_if_they_were_new(tmp_path: Path) ->
             "model.memory='local'.*post_memory='canonical'",
         ),
         ({"memory": "canonical"}, {"code_dim": 7}, "model.code_dim=7.*has None"),
-        ({"memory": "local+canonical"}, {"code_adapter": "block"}, "model.code_adapter='block'.*has 'shared'"),
+        ({"memory": "local+canonical"}, {"code_adapter": "shared"}, "model.code_adapter='shared'.*has 'block'"),
+        ({"memory": "canonical"}, {"code_keys": 2}, "model.code_keys=2.*has 4"),
     ],
 )
 def test_weights_that_do_not_fit_a_memory_are_refused(first: dict[str, Any], then: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -132,6 +155,7 @@ def test_a_cache_that_cannot_take_tokens_back_keeps_them_in_every_layer() -> Non
         ({"post_memory": "canonical"}, "post_memory='canonical'.*no codes"),
         ({"attention_sinks": 1}, "attention_sinks=1.*attention_window"),
         ({"memory": "canonical", "code_dim": 33}, "code_dim=33: must be at most hidden_size=32"),
+        ({"memory": "canonical", "code_keys": 0}, "code_keys=0: must be at least 1"),
         ({"route_beams": 2, "beam_expansion": 1}, "route_beams=2: needs beam_expansion above 1"),
     ],
 )
@@ -176,9 +200,9 @@ def bytes_per_token(**options: Any) -> float:
 
 
 def test_what_a_pool_keeps_of_a_token_depends_on_neither_steps_nor_blocks() -> None:
-    code = 8 * (6 + 8)  # float64: six numbers, and a key of eight
+    code = 8 * (6 + 4 * 8)  # float64: six numbers, and four keys of eight
     for steps, blocks in ((2, 2), (6, 2), (6, 5)):
-        shape = {"max_route_steps": steps, "pool_blocks": blocks, "code_dim": 6, "code_adapter": "block"}
+        shape = {"max_route_steps": steps, "pool_blocks": blocks, "code_dim": 6}
         assert bytes_per_token(memory="canonical", **shape) == code
         assert bytes_per_token(memory="local", max_route_steps=steps, pool_blocks=blocks) == 8 * 2 * 32 * steps
 

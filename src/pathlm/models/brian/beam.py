@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pathlm.models.brian.codes import question
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.pool import Groups, Plan, PoolRun, StepRecord, Travellers
 from pathlm.models.brian.routing import legal_blocks
@@ -201,13 +200,13 @@ class BeamRun(PoolRun):
             if kv:
                 query, key, value = (x[0].transpose(0, 1) for x in turned(qkv[0][None], rotary, heads))  # (m, heads, K)
                 rows = rows.index_put((token, slot), torch.cat((key, value), dim=1))
-            else:
-                query = rotate(qkv[0][None], *rotary)[0]
+            if asked is not None:
+                query = self._questions(asked[:, None], rotary, [query[None]] if kv else None)[0][0]
         state = replace(state, rows=self._refreshed_rows(replace(state, rows=rows), step))
         self._share(state, step)
         if not len(token):
             return state
-        read = [self._read_own(query, asked, state, token, slot, int(number)) for number in places if (slot == number).any()]
+        read = [self._read_own(query, state, token, slot, int(number)) for number in places if (slot == number).any()]
         h_m = self._finish(groups, moving, h_in, [torch.cat(read)], None)
         repeats_m = torch.where(block_m == at[token, slot], repeats[token, slot] + 1, 1)
         where = (token, slot)
@@ -219,11 +218,10 @@ class BeamRun(PoolRun):
             repeats=repeats.index_put(where, repeats_m),
         )
 
-    def _read_own(self, query: Tensor, asked: Tensor | None, state: Branches, token: Tensor, slot: Tensor, number: int) -> Tensor:
+    def _read_own(self, query: Tensor, state: Branches, token: Tensor, slot: Tensor, number: int) -> Tensor:
         """Return what the branches in one slot read (n, H · X): the table, in which a token's own row is this branch's."""
         mine, table = slot == number, self.table
-        query_n = query[mine] if asked is None else question(asked[0][mine], query[mine])
-        place = token[mine]
+        query_n, place = query[mine], token[mine]
         keys, values = table.now()
         if number == 0 or not self.blocks[0].groups:
             return table.read_some(query_n, keys, values, place)

@@ -14,7 +14,8 @@ from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.layers import Block, RMSNorm, rotate
 
 # Shapes: B rows, T tokens, S tokens remembered, n any tokens, D width, C numbers in a code, H heads, G key/value heads, K head width,
-# A adapters, W = C + K width of what is remembered of a token
+# J keys that know their place, A adapters, Z readers, W = C + J · K width of what is remembered of a token as a code, or W + K where rows
+# are read besides
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class CodeRows:
 class Codes(nn.Module):
     """Writes codes, and is the adapters through which blocks read them.
 
-    A head with query q at place t scores the code c of place s with `(q · K c + turn(q, t) · turn(U c, s)) / √width` and reads `V c`. K and
-    V are those of its block, or of all; U, whose product is turned by the token's place, is one for all heads and blocks. Since
+    A head with query q at place t scores the code c of place s with `(q · K c + Σ_j turn(a_j ∘ q, t) · turn(U_j c, s)) / √width` and reads
+    `V c`. K and V are those of its block, or of all; the keys U_j c, which are turned by the token's place, are the same for all heads and
+    blocks, and each mixes them with complex numbers a_j of its own, one for each frequency: those commute with turning. Since
     q · K c = Kᵀq · c, a block asks for codes in their own space and translates what it gets: nothing is made of a code for any block, and
     all blocks read one table.
     """
@@ -46,12 +48,13 @@ class Codes(nn.Module):
         self.register_buffer("local_share", torch.tensor(1.0))
         width, code, head = config.hidden_size, config.code_width, config.head_dim
         heads, groups, rank = config.num_attention_heads, config.num_key_value_heads, config.code_delta_rank
-        self.width, self.rank = code, rank  # a configuration's attributes answer slowly
+        self.width, self.rank, self.heads, self.keys = code, rank, heads, config.code_keys  # a configuration's attributes answer slowly
         assert head is not None and groups is not None
         readers = config.pool_blocks + (config.post_blocks if config.post_memory == "canonical" else 0)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.down = None if config.code_dim == 0 else nn.Linear(width, code, bias=False)
-        self.turned_key = nn.Linear(code, head, bias=False)
+        self.turned_keys = nn.Linear(code, self.keys * head, bias=False)
+        self.mix = nn.Parameter(torch.empty(readers, heads, self.keys, head))
         adapters = 1 if config.code_adapter == "shared" else readers
         self.key = nn.Parameter(torch.empty(adapters, groups, head, code))
         self.value = nn.Parameter(torch.empty(adapters, groups, head, code))
@@ -85,8 +88,12 @@ class Codes(nn.Module):
         if self.down is not None:
             init.normal_(self.down.weight, std=width**-0.5)
         std = self.config.initializer_range * (width / code) ** 0.5
-        for parameter in (self.turned_key.weight, self.key, self.value):
+        for parameter in (self.turned_keys.weight, self.key, self.value):
             init.normal_(parameter, std=std)
+        mix_HJK = torch.zeros_like(self.mix[0])
+        head_H = torch.arange(self.heads)
+        mix_HJK[head_H, head_H % self.keys, : mix_HJK.shape[-1] // 2] = 1.0  # heads begin with a key each
+        init.copy_(self.mix, mix_HJK.expand_as(self.mix))
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_wide"):
                 init.zeros_(parameter)
@@ -98,15 +105,31 @@ class Codes(nn.Module):
         code_BTC = self.norm(h_BTD)
         if self.down is not None:
             code_BTC = self.down(code_BTC)
-        key = rotate(self.turned_key(code_BTC)[:, :, None], *rotary)[:, :, 0]
-        return torch.cat((code_BTC, key), dim=-1)[:, None]
+        keys = rotate(self.turned_keys(code_BTC).unflatten(-1, (self.keys, -1)), *rotary).flatten(2)
+        return torch.cat((code_BTC, keys), dim=-1)[:, None]
 
     def ask(self, reader: int, query_nHK: Tensor) -> Tensor:
-        """Return the queries of a block, not turned, as questions to codes (n, H, C)."""
+        """Return the queries of a block as questions to codes and their keys, not turned (n, H, C + J · K)."""
         asked = _by_group(query_nHK, self.key[reader if len(self.key) > 1 else 0])
-        if not self.rank:
-            return asked
-        return asked + _by_group(_by_group(query_nHK, self.key_wide[reader]), self.key_narrow[reader])
+        if self.rank:
+            asked = asked + _by_group(_by_group(query_nHK, self.key_wide[reader]), self.key_narrow[reader])
+        real_HJk, imaginary_HJk = self.mix[reader].to(query_nHK.dtype).chunk(2, dim=-1)
+        query_nH1K = query_nHK[:, :, None]
+        across = query_nH1K.roll(query_nHK.shape[-1] // 2, -1) * torch.cat((-imaginary_HJk, imaginary_HJk), dim=-1)
+        mixed = torch.addcmul(across, query_nH1K, torch.cat((real_HJk, real_HJk), dim=-1))
+        return torch.cat((asked, mixed.flatten(2)), dim=-1)
+
+    def question(self, asked_BTHX: Tensor, rotary: tuple[Tensor, Tensor], row_query_BTHK: Tensor | None = None) -> Tensor:
+        """Return what heads look for (B, T, H, W): what they ask codes for, turned, and rows, if these are read besides.
+
+        Scaled so that `F.scaled_dot_product_attention` divides by √K in the end.
+        """
+        code, keys = asked_BTHX.split((self.width, asked_BTHX.shape[-1] - self.width), dim=-1)
+        keys = rotate(keys.unflatten(-1, (self.keys, -1)).flatten(2, 3), *rotary)
+        width = keys.shape[-1]
+        parts = (code, keys.unflatten(2, (-1, self.keys)).flatten(3))
+        query = torch.cat(parts if row_query_BTHK is None else (*parts, row_query_BTHK), dim=-1)
+        return query * (query.shape[-1] / width) ** 0.5
 
     def answer(self, reader: int, read_nHC: Tensor) -> Tensor:
         """Return mixtures of codes as mixtures of a block's values (n, H, K)."""
@@ -118,7 +141,7 @@ class Codes(nn.Module):
     def heard(self, reader: int, read_nHW: Tensor, *, with_rows: bool) -> Tensor:
         """Return what a block's heads make of what they have read (n, H · K): mixtures of codes, and those of rows, if any were read."""
         told = self.answer(reader, read_nHW[..., : self.width])
-        return (told + read_nHW[..., self.width :] if with_rows else told).flatten(1)
+        return (told + read_nHW[..., -told.shape[-1] :] if with_rows else told).flatten(1)
 
 
 def _by_group(x_nHX: Tensor, matrix_GXY: Tensor) -> Tensor:
@@ -130,12 +153,6 @@ def _by_group(x_nHX: Tensor, matrix_GXY: Tensor) -> Tensor:
     return torch.einsum("nghx,gxy->nghy", x_nHX.unflatten(1, (groups, -1)), matrix_GXY).flatten(1, 2)
 
 
-def question(asked: Tensor, turned: Tensor) -> Tensor:
-    """Return what heads look for (..., W), scaled so that `F.scaled_dot_product_attention` divides by √K in the end."""
-    query = torch.cat((asked, turned), dim=-1)
-    return query * (query.shape[-1] / turned.shape[-1]) ** 0.5
-
-
 def read_codes(query_BHTW: Tensor, rows_B1SW: Tensor, mask: Tensor | None) -> Tensor:
     """Return mixtures of rows (B, H, T, W), whose first C numbers are mixtures of codes. Without a mask as `layers.attend`."""
     if query_BHTW.shape[2] == 1:  # the heads of one token are as good as the tokens of one head
@@ -145,12 +162,11 @@ def read_codes(query_BHTW: Tensor, rows_B1SW: Tensor, mask: Tensor | None) -> Te
 
 
 def joined_rows(rows_B1SW: Tensor, keys_BGSK: Tensor, values_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and rows as one table of keys and values (B, G, 2S, W): a row has no code, and nothing to tell in a code's place."""
-    groups, code = keys_BGSK.shape[1], rows_B1SW.shape[-1] - keys_BGSK.shape[-1]
-    codes = rows_B1SW.expand(-1, groups, -1, -1)
-    told = F.pad(codes[..., :code], (0, keys_BGSK.shape[-1]))
-    keys = torch.cat((codes, F.pad(keys_BGSK, (code, 0))), dim=2)
-    return keys, torch.cat((told, F.pad(values_BGSK, (code, 0))), dim=2)
+    """Return codes and rows as one table of keys and values (B, G, S + S', W + K): a row has no code, and a code no row."""
+    code, row = rows_B1SW.shape[-1], keys_BGSK.shape[-1]
+    codes = F.pad(rows_B1SW, (0, row)).expand(-1, keys_BGSK.shape[1], -1, -1)
+    keys, values = (torch.cat((codes, F.pad(rows, (code, 0))), dim=2) for rows in (keys_BGSK, values_BGSK))
+    return keys, values
 
 
 class CodeReader(Block):
@@ -169,7 +185,7 @@ class CodeReader(Block):
         """Return what the queries, not yet turned, read (B, T, H · K)."""
         shape = query_BTHK.shape[:2]
         asked = codes.ask(self.number, query_BTHK.flatten(0, 1)).unflatten(0, shape)
-        query = question(asked, rotate(query_BTHK, *rotary)).transpose(1, 2)
+        query = codes.question(asked, rotary).transpose(1, 2)
         read = read_codes(query, rows_B1SW, mask).transpose(1, 2)[..., : codes.config.code_width]
         return codes.answer(self.number, read.flatten(0, 1)).unflatten(0, shape).flatten(2)
 

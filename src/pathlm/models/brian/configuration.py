@@ -60,13 +60,15 @@ class BrianConfig(PreTrainedConfig):
     """What tokens in the pool remember: `local` is one row of keys and values per token, rewritten by every block it visits; `canonical`
     one code per token for the whole pool, written once on entering it; `local+canonical` rows of the newest tokens, codes of the others."""
     local_window: int = 0
-    """How many newest tokens, itself included, a token reads as rows; 0 is all. With `local+canonical` it reads the others as codes, and what
-    training last set counts."""
+    """How many newest tokens, itself included, a token reads as rows; 0 is all. With `local+canonical` it reads the others as codes, and
+    what training last set counts."""
     code_dim: int | None = None
-    """Numbers in a code; None is half of `hidden_size`, 0 the normalised state as it is. Beside them `head_dim` of a key that knows its
+    """Numbers in a code; None is half of `hidden_size`, 0 the normalised state as it is. Beside them `head_dim` of each key that knows its
     position."""
-    code_adapter: str = "shared"
-    """What makes keys and values of a code: one adapter `shared` by all blocks, or one for each `block`."""
+    code_keys: int = 4
+    """How many keys of a code know its position. Every head of every block mixes them in its own way, frequency by frequency."""
+    code_adapter: str = "block"
+    """What makes keys and values of a code: one adapter for each `block`, or one `shared` by all."""
     code_delta_rank: int = 0
     """Rank of what each head of each block adds to its adapter; 0 is none."""
     code_window: int = 0
@@ -155,6 +157,12 @@ class BrianConfig(PreTrainedConfig):
         """Numbers in a code, without the key that knows its position."""
         return self.hidden_size // 2 if self.code_dim is None else self.code_dim or self.hidden_size
 
+    @property
+    def code_row_width(self) -> int:
+        """Numbers that are remembered of a token as a code: the code and its keys that know its position."""
+        assert self.head_dim is not None
+        return self.code_width + self.code_keys * self.head_dim
+
     def validate_architecture(self) -> None:
         """Refuse an architecture that cannot be built, naming the field, its value and the rule."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
@@ -223,10 +231,11 @@ class BrianConfig(PreTrainedConfig):
         _require(self.code_dim is None or self.code_dim >= 0, "code_dim", self.code_dim, "must not be negative")
         wide = f"must be at most hidden_size={self.hidden_size}: a code is made of the state that enters, and no wider one holds more of it"
         _require(self.code_dim is None or self.code_dim <= self.hidden_size, "code_dim", self.code_dim, wide)
+        _require(self.code_keys >= 1, "code_keys", self.code_keys, "must be at least 1: without one a code does not know where it stands")
         for of in ("code", "attention"):
             sinks, window = getattr(self, f"{of}_sinks"), getattr(self, f"{of}_window")
             _require(not sinks or window > 0, f"{of}_sinks", sinks, f"needs {of}_window: without one every token is seen anyway")
-        rows = f'there are no rows: memory={self.memory!r}, pool_blocks={self.pool_blocks}'
+        rows = f"there are no rows: memory={self.memory!r}, pool_blocks={self.pool_blocks}"
         _require(not self.local_window or self.remembers_rows, "local_window", self.local_window, rows)
         kept = 'needs rows to keep: memory must be "local" or "local+canonical"'
         _require(self.left_rows == "kept" or self.memory != "canonical", "left_rows", self.left_rows, kept)
@@ -236,9 +245,10 @@ class BrianConfig(PreTrainedConfig):
         _require(self.memory == "local", "memory", self.memory, "there is no pool to remember anything: pool_blocks=0")
         for name, nothing in (
             ("code_dim", None),
+            ("code_keys", 4),
             ("code_delta_rank", 0),
             ("code_window", 0),
-            ("code_adapter", "shared"),
+            ("code_adapter", "block"),
             ("post_memory", "own"),
         ):
             _require(getattr(self, name) == nothing, name, getattr(self, name), without)

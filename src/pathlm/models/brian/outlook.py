@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pathlm.models.brian.codes import read_codes
 from pathlm.models.brian.memory import NewestRows
 from pathlm.models.brian.table import Surroundings, code_mask, mixed_masks, row_mask
-from pathlm.models.layers import attend, rotate, turned
+from pathlm.models.layers import attend, turned
 
 # Shapes: B rows of one token each, n of them still in the pool in the order of rows, D width, H heads, G key/value heads, h = H / G heads
-# that share keys, K head width, C numbers in a code, W = C + K, X = K where only rows are read and W otherwise, S codes, S' rows
+# that share keys, K head width, C numbers in a code, W of what is remembered as one, X = K where only rows are read, W where only codes
+# are, W + K where both are, S codes, S' rows
 
 
 class Outlook:
@@ -27,7 +28,6 @@ class Outlook:
             self.rows = around.memory.newest(like.new_empty(()).expand(batch, block.groups, 1, block.width))
         self.writes = block.groups > 0
         self.table_B1SW = None if around.code_rows is None else around.code_rows.rows_B1SW
-        self.scale = block.width**-0.5
         self.mask = self._mask(around, like)
         self.index_n: Tensor | None = None
         """Rows of the tokens in the batch; None while these are all"""
@@ -60,7 +60,7 @@ class Outlook:
         self.cuts = np.diff(edge, prepend=0, append=self.batch).tolist()
 
     def project(self, number: int, block: Any, x_nD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return a block's queries, keys and values, not turned (n, H + 2G, K), and what it asks codes for (n, H, C), if it does."""
+        """Return a block's queries, keys and values, not turned (n, H + 2G, K), and what it asks codes for (n, H, W), if it does."""
         qkv = block.project(x_nD)
         return qkv, None if self.codes is None else self.codes.ask(number, qkv[:, : self.heads])
 
@@ -70,7 +70,7 @@ class Outlook:
             return read_nX
         return self.codes.heard(number, read_nX.unflatten(1, (self.heads, -1)), with_rows=self.writes)
 
-    def read(self, qkv_nXK: Tensor, asked_nHC: Tensor | None, step: int) -> Tensor:
+    def read(self, qkv_nXK: Tensor, asked_nHW: Tensor | None, step: int) -> Tensor:
         """Write the keys and values among `qkv_nXK`, if there are any, and return what the queries read (n, H · X)."""
         tables: list[Tensor] = [] if self.codes is None or self.table_B1SW is None else [self.table_B1SW]
         if self.writes:
@@ -79,10 +79,10 @@ class Outlook:
                 return attend(query, key, value, self.mask).flatten(1)
             self.rows.write(step, self.index_n, key, value)
             tables += [self.rows.keys[step], self.rows.values[step]]
-        else:
-            query = rotate(qkv_nXK[:, None], *self.rotary).transpose(1, 2)
-        if asked_nHC is not None:
-            query = torch.cat((asked_nHC, query[:, :, 0]), dim=-1)[:, :, None]
+        if asked_nHW is not None:
+            assert self.codes is not None
+            row_query = query.transpose(1, 2) if self.writes else None
+            query = self.codes.question(asked_nHW[:, None], self.rotary, row_query).transpose(1, 2)
         if self.index_n is None:
             return self._attended(query, tables, self.mask)
         # Neighbours attend together: that copies nothing of the memory.
@@ -98,16 +98,15 @@ class Outlook:
         if self.writes:
             return self._mixed(query_nH1X[:, :, 0], tables[0], tables[1], tables[2], mask).flatten(1)
         # The heads of one token are as good as the tokens of one head.
-        read = F.scaled_dot_product_attention(query_nH1X.transpose(1, 2), tables[0], tables[0], attn_mask=mask, scale=self.scale)
-        return read.flatten(1)
+        return read_codes(query_nH1X, tables[0], mask).flatten(1)
 
-    def _mixed(self, query_nHW: Tensor, table_n1SW: Tensor, keys_nGSK: Tensor, values_nGSK: Tensor, mask: Tensor | None) -> Tensor:
-        """Return mixtures of codes and of rows side by side (n, H, W), whose weights are one softmax."""
+    def _mixed(self, query_nHX: Tensor, table_n1SW: Tensor, keys_nGSK: Tensor, values_nGSK: Tensor, mask: Tensor | None) -> Tensor:
+        """Return mixtures of codes and of rows side by side (n, H, C + K), whose weights are one softmax."""
         assert self.codes is not None and mask is not None
         groups, code, codes_nSW = keys_nGSK.shape[1], self.codes.width, table_n1SW[:, 0]
-        query_nHW = query_nHW * self.scale
-        far = torch.bmm(query_nHW, codes_nSW.mT)
-        near = _products(query_nHW[..., code:].unflatten(1, (groups, -1)), keys_nGSK.mT).flatten(1, 2)
+        far_nHW, near_nHK = (query_nHX * query_nHX.shape[-1] ** -0.5).split((codes_nSW.shape[-1], keys_nGSK.shape[-1]), dim=-1)
+        far = torch.bmm(far_nHW, codes_nSW.mT)
+        near = _products(near_nHK.unflatten(1, (groups, -1)), keys_nGSK.mT).flatten(1, 2)
         weight = torch.cat((far, near), dim=-1).add_(mask[:, 0]).softmax(-1)
         far, near = weight.split((far.shape[-1], near.shape[-1]), dim=-1)
         told = _products(near.unflatten(1, (groups, -1)), values_nGSK).flatten(1, 2)

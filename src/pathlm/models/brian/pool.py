@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pathlm.models.brian.codes import question
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.grouping import Arrange, Pick, UnitGate
 from pathlm.models.brian.routing import best_blocks, legal_blocks
@@ -209,6 +208,7 @@ class PoolRun:
         """Let the visits (k, n, H + 2G, K) write their rows, and return what each of the k then reads (n, H · X)."""
         table, heads, kv_heads = self.table, self.blocks[0].heads, self.blocks[0].groups
         query, kv = qkv[..., :heads, :], qkv[..., heads:, :]  # (k, n, heads, K)
+        queries: list[Tensor] = []
         if weight_nk is not None:
             # Copies of parts: what the backward pass keeps is then no longer than it needs.
             kv = (kv.contiguous() * weight_nk.T[..., None, None].to(kv.dtype)).sum(0, keepdim=True)
@@ -218,10 +218,9 @@ class PoolRun:
                 turned_kn = [turned(torch.cat((q, kv[0]), dim=1)[None], rotary, heads) for q in query]
                 self._rewrite_some(step, turned_kn[0][1], turned_kn[0][2], place)
                 queries = [q[0].transpose(0, 1) for q, _, _ in turned_kn]
-            else:
-                queries = [rotate(q[None], *rotary)[0] for q in query]
             if asked is not None:
-                queries = [question(a, q) for a, q in zip(asked, queries, strict=True)]
+                queries = self._questions(asked[:, None], rotary, [q[None] for q in queries] if kv_heads else None)
+                queries = [q[0] for q in queries]
             keys, values = table.now()
             return [table.read_some(q, keys, values, place) for q in queries]
         shape = (self.rows, self.tokens)
@@ -234,12 +233,17 @@ class PoolRun:
             queries = [q] + [
                 turned(torch.cat((other, kv[0]), dim=1).unflatten(0, shape), self.around.rotary, heads)[0].clone() for other in query[1:]
             ]
-        else:
-            queries = [rotate(q.unflatten(0, shape), *self.around.rotary).transpose(1, 2) for q in query]
         if asked is not None:
-            queries = [question(a.unflatten(0, shape).transpose(1, 2), q) for a, q in zip(asked, queries, strict=True)]
+            row_queries = [q.transpose(1, 2) for q in queries] if kv_heads else None
+            queries = [q.transpose(1, 2) for q in self._questions(asked.unflatten(1, shape), self.around.rotary, row_queries)]
         keys, values = table.now()
         return [table.read(q, keys, values) for q in queries]
+
+    def _questions(self, asked_kBTHX: Tensor, rotary: tuple[Tensor, Tensor], row_queries: list[Tensor] | None) -> list[Tensor]:
+        """Return what each of k visits looks for (B, T, H, W): codes, and rows where it has queries for them (B, T, H, K)."""
+        codes = self.table.codes
+        assert codes is not None
+        return [codes.question(asked, rotary, None if row_queries is None else row_queries[i]) for i, asked in enumerate(asked_kBTHX)]
 
     def _tried(self, h: Tensor, state: Travellers, block_nk: Tensor, score_nM: Tensor) -> Tensor:
         """Run another legal block for a few tokens, for its probability's gradient only: `h` (n, D) comes back with the same values."""
@@ -254,9 +258,13 @@ class PoolRun:
             some = Travellers(state.h[tried], state.p[tried], state.at[tried], state.repeats[tried], place)
             groups = Groups.of(block, len(self.blocks))
             qkv, asked, h_in = self._project(groups, some)
-            query = rotate(qkv[:, :, : self.blocks[0].heads], *self._rotary_at(place))[0]
-            query = query if asked is None else question(asked[0], query)
-            read = self.table.read_some(query, *self.table.now(), place)
+            rotary, query = self._rotary_at(place), None
+            if self.blocks[0].groups:
+                query = rotate(qkv[:, :, : self.blocks[0].heads], *rotary)
+            if asked is not None:
+                query = self._questions(asked[:, None], rotary, None if query is None else [query])[0]
+            assert query is not None
+            read = self.table.read_some(query[0], *self.table.now(), place)
             found = self._finish(groups, some, h_in, [read], None)
         self.records.other_evaluations += len(tried)
         probability = score_nM[tried].softmax(-1).gather(-1, block)
@@ -266,7 +274,7 @@ class PoolRun:
     def _project(self, groups: Groups, state: Travellers) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for, and each group's hidden states.
 
-        What is asked is (k, n, H, C); None where no codes are read.
+        What is asked is (k, n, H, W); None where no codes are read.
         """
         h_in = groups.split(state.h)
         p_in = groups.split(state.p) if len(self.pool.adapters) else [None] * len(h_in)

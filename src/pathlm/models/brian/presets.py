@@ -66,8 +66,9 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
     # A reader of codes makes queries only; it asks in the codes' space and translates what it reads.
     code, mixed = config.code_width, config.memory == "local+canonical"
     far = _seen(config.code_window, whole)
-    asking = 2 * heads * code * width * (1 + (config.code_delta_rank > 0) * config.code_delta_rank / width)
-    reader = config.hidden_size * 2 * heads * width + mlp + asking + heads * (2 * code + width) * far
+    keys = config.code_keys * width
+    asking = 2 * heads * (code * width * (1 + (config.code_delta_rank > 0) * config.code_delta_rank / width) + keys)
+    reader = config.hidden_size * 2 * heads * width + mlp + asking + heads * (2 * code + keys) * far
     posts = config.post_blocks * (reader if config.post_memory == "canonical" else own)
     step: float = 0
     if pool:
@@ -75,7 +76,7 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
         router = (config.hidden_size + seen) * (hidden or pool + 1) + hidden * (pool + 1)
         visit = reader if config.memory == "canonical" else products + 2 * heads * width * _seen(config.local_window, whole)
         if mixed and config.local_window:
-            visit += asking + heads * (2 * code + width) * max(far - config.local_window, 0)
+            visit += asking + heads * (2 * code + keys) * max(far - config.local_window, 0)
         step = config.route_top_k * (visit + seen * config.hidden_size * config.blocks_see_position) + router
     return 2 * (config.pre_blocks * own + posts + config.max_route_steps * step + config.hidden_size * config.vocab_size)
 
@@ -93,5 +94,5 @@ def cache_numbers_per_token(config: BrianConfig) -> int:
     tables = 0 if config.attention_window else config.pre_blocks + (config.post_blocks if config.post_memory == "own" else 0)
     if config.remembers_rows and not config.local_window:
         tables += config.max_route_steps
-    codes = config.code_width + config.head_dim if config.remembers_codes and not config.code_window else 0
+    codes = config.code_row_width if config.remembers_codes and not config.code_window else 0
     return 2 * tables * config.num_key_value_heads * config.head_dim + codes

@@ -21,8 +21,8 @@ class Code:
     """What is remembered of a token."""
 
     code_C: Tensor
-    key_K: Tensor
-    """Turned by the token's place"""
+    keys: list[Tensor]
+    """(K,) each, turned by the token's place"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def write(model: BrianForCausalLM, h_D: Tensor, position: int) -> Code:
     code_C = normalise(h_D, codes.norm.weight, model.config.rms_norm_eps)
     if codes.down is not None:
         code_C = linear(codes.down, code_C)
-    return Code(code_C, turn(linear(codes.turned_key, code_C), position, model))
+    return Code(code_C, [turn(key_K, position, model) for key_K in linear(codes.turned_keys, code_C).split(model.blocks[0].width)])
 
 
 def seen_from(
@@ -81,12 +81,21 @@ def read(model: BrianForCausalLM, block: Block, reader: int, h_D: Tensor, positi
                 assert one.code is not None
                 key_KC, value_KC = _adapters(model, reader, head, group)
                 value = value_KC @ one.code.code_C
-                score = query @ (key_KC @ one.code.code_C) + turned @ one.code.key_K
+                score = query @ (key_KC @ one.code.code_C)
+                for number, key_K in enumerate(one.code.keys):
+                    score = score + turn(_mixed(query, _codes(model).mix[reader, head, number]), position, model) @ key_K
             weights.append(one.share * (score / math.sqrt(width)).exp())
             values.append(value)
         weight = torch.stack(weights)
         read.append(weight @ torch.stack(values) / weight.sum())
     return torch.cat(read)
+
+
+def _mixed(query_K: Tensor, mix_K: Tensor) -> Tensor:
+    """Multiply a query with a mixture, both halves of complex numbers: one for each frequency."""
+    half = len(query_K) // 2
+    product = torch.complex(query_K[:half], query_K[half:]) * torch.complex(mix_K[:half], mix_K[half:])
+    return torch.cat((product.real, product.imag))
 
 
 def post(model: BrianForCausalLM, hidden: list[Tensor], codes: list[Code], documents: list[int], positions: list[int]) -> list[Tensor]:

@@ -16,7 +16,8 @@ from pathlm.models.brian.sight import Sight
 from pathlm.models.layers import attend
 
 # Shapes: B rows, T tokens, N = B · T, n tokens still in the pool in the order of their places, H heads, G key/value heads, K head width,
-# C numbers in a code, W = C + K, X = K where only rows are read and W otherwise, S tokens attended, Q queries per row
+# W numbers remembered as a code, X = K where only rows are read, W where only codes are, W + K where both are, S tokens attended, Q queries
+# per row
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Table:
         """Return what a block's heads make of what they have read (n, H · X), as mixtures of values (n, H · K)."""
         if self.codes is None:
             return read_nX
-        return self.codes.heard(reader, read_nX.unflatten(1, (-1, self.codes.width + self.width)), with_rows=self._local is not None)
+        return self.codes.heard(reader, read_nX.unflatten(1, (self.codes.heads, -1)), with_rows=self._local is not None)
 
     def slot(self, place: Tensor) -> Tensor:
         """Return the columns of the memory in which the tokens at `place` stand."""
