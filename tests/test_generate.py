@@ -125,7 +125,7 @@ def test_rows_that_cannot_leave_the_batch_change_nothing(model, monkeypatch):
     prompts = prompts_of([5, 60, 2])
     eos = generate(model, prompts, max_new_tokens=30, seed=1)[2][6]
     expected = generate(model, prompts, max_new_tokens=30, seed=1, eos_token_id=eos)
-    monkeypatch.setattr(module._State, "can_select", property(lambda self: False))
+    monkeypatch.setattr(module.Batch, "can_select", property(lambda self: False))
     assert generate(model, prompts, max_new_tokens=30, seed=1, eos_token_id=eos) == expected
 
 

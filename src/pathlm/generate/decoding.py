@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pathlm.evaluate.checkpoint import check_budget, evaluating
+from pathlm.generate.batch import Batch, context_of
 from pathlm.generate.sampling import Sampling
 
 # Shapes: B rows, P prompt tokens (left-padded), V vocabulary, N new tokens
@@ -87,13 +87,22 @@ def batches(prompts: list[list[int]], sampling: Sampling, *, batch: int | None, 
         limits = [max_new_tokens if context is None else min(max_new_tokens, context - len(prompt)) for prompt in part]
         uniform = np.empty((len(part), max(limits))) if sampling.temperature > 0 else None
         for row, prompt in enumerate(part):
-            digest = hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).digest()
-            if uniform is not None:
-                entropy = [sampling.seed, seen[digest], *np.frombuffer(digest, dtype="<u4").tolist()]
-                uniform[row] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy))).random(uniform.shape[1])
+            again = seen[digest := _digest(prompt)]
             seen[digest] += 1
+            if uniform is not None:
+                uniform[row] = random_stream(sampling.seed, prompt, again, length=uniform.shape[1])
         at_limit: list[Reason] = ["length" if limit == max_new_tokens else "context" for limit in limits]
         yield Part(list(range(first, first + len(part))), part, limits, at_limit, uniform)
+
+
+def random_stream(seed: int, prompt: Sequence[int], again: int, *, length: int) -> np.ndarray:
+    """Return the uniform number of each new token of a row: from the seed, the prompt, and how often the same prompt came before it."""
+    entropy = [seed, again, *np.frombuffer(_digest(prompt), dtype="<u4").tolist()]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy))).random(length)
+
+
+def _digest(prompt: Sequence[int]) -> bytes:
+    return hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).digest()
 
 
 @torch.inference_mode()
@@ -102,8 +111,8 @@ def decode(
 ) -> Iterator[list[tuple[int, list[int], Reason | None]]]:
     """Run one batch and yield, every `chunk` tokens, (prompt, its new tokens, why it stopped or None) for the rows that still write."""
     with evaluating(model):
-        state = _State(model, part, pad_token_id, check_budget(model, budget))
-        logits_BV = state.prefill()
+        batch = Batch(model, check_budget(model, budget), pad_token_id=pad_token_id)
+        logits_BV = batch.begin(part.prompts)
         uniform_BN = None if part.uniform_BN is None else torch.from_numpy(part.uniform_BN).to(logits_BV.device)
         active = list(range(len(part.prompts)))  # which row of the part each row of the running batch is
         stopped: list[Reason | None] = [None] * len(active)
@@ -113,7 +122,7 @@ def decode(
             columns: list[Tensor] = []
             for step in range(written, min(written + chunk, min(part.limits[row] for row in active if not stopped[row]))):
                 if step:
-                    logits_BV = state.advance(token_B)
+                    logits_BV = batch.advance(token_B)
                 token_B = sampling.pick(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
                 columns.append(token_B)
             written += len(columns)
@@ -127,77 +136,24 @@ def decode(
                     stopped[row] = part.at_limit[row]
                 pieces.append((part.rows[row], new, stopped[row]))
             if written == len(columns) or written % CHUNK == 0 or all(stopped):  # what is no number stays so in a model's memory
-                _require_number(logits_BV.amax().item(), written)
+                require_number(logits_BV.amax().item(), written)
             yield pieces
             if all(stopped):
                 return
             keep = [place for place, row in enumerate(active) if not stopped[row]]
-            if len(keep) < len(active) and state.can_select:
+            if len(keep) < len(active) and batch.can_select:
                 active = [active[place] for place in keep]
                 index = torch.tensor(keep, device=token_B.device)
-                state.select(index)
+                batch.select(index)
                 token_B = token_B[index]
                 uniform_BN = None if uniform_BN is None else uniform_BN[index]
 
 
-def _require_number(peak: float, written: int) -> None:
+def require_number(peak: float, written: int) -> None:
     """Raise `ValueError` where the highest logit for the newest token is not finite: such a token means nothing."""
     if not math.isfinite(peak):
         rule = "must be finite; the model's weights are broken or its precision is too low"
         raise ValueError(f"the highest logit for new token {written} is {peak}: {rule}")
-
-
-class _State:
-    """The cache of a running batch, and the mask and positions that left padding needs; rows of equal length need neither."""
-
-    def __init__(self, model: Any, part: Part, pad_token_id: int, options: dict[str, Any]):
-        self._model = model
-        accepted = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True} | options | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
-        self._cache: Any = None
-        self._length = max(map(len, part.prompts))
-        self._mask: Tensor | None = None
-        self._position: Tensor | None = None
-        padding = [self._length - len(prompt) for prompt in part.prompts]
-        rows_BP = [[pad_token_id] * empty + list(prompt) for empty, prompt in zip(padding, part.prompts, strict=True)]
-        self._prompt_BP = torch.tensor(rows_BP, device=model.device)
-        if any(padding):
-            place_N = torch.arange(self._length + max(part.limits), device=model.device)
-            start_B1 = torch.tensor(padding, device=model.device)[:, None]
-            self._mask = (place_N >= start_B1).long()
-            if "position_ids" in accepted:
-                self._position = (place_N - start_B1).clamp_(min=0, max=(context_of(model) or len(place_N)) - 1)
-
-    @property
-    def can_select(self) -> bool:
-        """Say whether rows may leave the batch."""
-        return hasattr(self._cache, "batch_select_indices")
-
-    def prefill(self) -> Tensor:
-        """Read the prompts and return the logits after their last tokens."""
-        return self._forward(self._prompt_BP, 0)
-
-    def advance(self, token_B: Tensor) -> Tensor:
-        """Read one more token per row and return the logits after it."""
-        self._length += 1
-        return self._forward(token_B[:, None], self._length - 1)
-
-    def select(self, index: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self._cache.batch_select_indices(index)
-        self._mask = None if self._mask is None else self._mask[index]
-        self._position = None if self._position is None else self._position[index]
-
-    def _forward(self, ids_BT: Tensor, start: int) -> Tensor:
-        padding: dict[str, Tensor] = {}
-        if self._mask is not None:
-            padding["attention_mask"] = self._mask[:, : self._length]
-        if self._position is not None:
-            padding["position_ids"] = self._position[:, start : self._length]
-        output = self._model(input_ids=ids_BT, past_key_values=self._cache, **padding, **self._options)
-        self._cache = output.past_key_values
-        logits_BV: Tensor = output.logits[:, -1]
-        return logits_BV
 
 
 def checked_prompts(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, bos_token_id: int | None) -> list[list[int]]:
@@ -219,12 +175,6 @@ def checked_prompts(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tok
             )
         rows.append(row)
     return rows
-
-
-def context_of(model: Any) -> int | None:
-    """Return how many tokens the model can hold, `max_position_embeddings`; None where its configuration names no limit."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    return limit
 
 
 def require_batch(batch: int | None) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pathlm.evaluate.checkpoint import check_budget, start_token
-from pathlm.generate.decoding import Reason, batches, checked_prompts, context_of, decode, require_batch
+from pathlm.generate.batch import context_of
+from pathlm.generate.decoding import Reason, batches, checked_prompts, decode, require_batch
 from pathlm.generate.sampling import Sampling
 
 

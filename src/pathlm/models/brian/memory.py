@@ -140,6 +140,41 @@ class BlockMemory(DynamicLayer):
         self._buffers = (fresh[0], fresh[1])
         self._show(self._length)
 
+    def join(self, other: BlockMemory) -> None:
+        """Take in the rows of `other`, after the own ones; rows of which less was read are padded on the left."""
+        assert self._buffers is not None and other._buffers is not None
+        past = max(self.get_seq_length(), other.get_seq_length())
+        places = [memory._places() + (past - memory.get_seq_length()) for memory in (self, other)]
+        slots = torch.cat(places).unique()
+        columns = [torch.searchsorted(slots, place) for place in places]
+        capacity = max(SMALLEST, len(slots) + len(slots) // 2)
+        fresh = []
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            # What is not read must be a number all the same: a weight of zero makes none of what is none.
+            buffer = mine.new_zeros(mine.shape[0] + theirs.shape[0], mine.shape[1], capacity, mine.shape[3])
+            buffer[: mine.shape[0], :, columns[0]] = mine[:, :, : self._length]
+            buffer[mine.shape[0] :, :, columns[1]] = theirs[:, :, : other._length]
+            fresh.append(buffer)
+        self._buffers, self._slots = (fresh[0], fresh[1]), None if len(slots) == past else slots
+        self._forgotten = past - len(slots)
+        self._show(len(slots))
+
+    def trim(self, tokens: int) -> None:
+        """Take away the first `tokens` tokens, which are padding in every row."""
+        if self._buffers is None:
+            return
+        kept, past = self._places() >= tokens, self.get_seq_length() - tokens
+        slots = self._places()[kept] - tokens
+        first = self._length - len(slots)
+        self._buffers = (self._buffers[0][:, :, first:].clone(), self._buffers[1][:, :, first:].clone())
+        self._slots, self._forgotten = None if len(slots) == past else slots, past - len(slots)
+        self._show(len(slots))
+
+    def _places(self) -> Tensor:
+        """Return which of the tokens read (S,) are remembered."""
+        assert self._buffers is not None
+        return torch.arange(self._length, device=self._buffers[0].device) if self._slots is None else self._slots
+
     def offload(self) -> None:
         """Refuse: the memory stays where the model is."""
         raise ValueError("cache offloading is not available for this model's memory; generate without it")

@@ -115,6 +115,18 @@ class SignalMemory(DynamicLayer):
         if self.state is not None:
             self.state = tuple(t[torch.as_tensor(indices, device=t.device)] for t in self.state)  # type: ignore[assignment]
 
+    def join(self, other: SignalMemory) -> None:
+        """Take in the rows of `other`, after the own ones; as many tokens can be taken back as in both."""
+        mine, theirs = self.state, other.state
+        assert mine is not None and theirs is not None
+        held = min(mine[0].shape[1], theirs[0].shape[1])
+        self.state = tuple(torch.cat((a[:, -held:], b[:, -held:])) for a, b in zip(mine, theirs, strict=True))  # type: ignore[assignment]
+        self._length = max(self._length, other._length)
+
+    def trim(self, tokens: int) -> None:
+        """Take away the first `tokens` tokens, which are padding in every row: a signal does not know of them."""
+        self._length -= tokens
+
     def lazy_initialization(self, *args: Any) -> None:
         """Nothing: the first `write` makes the tensors."""
 
