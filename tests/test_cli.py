@@ -71,6 +71,7 @@ def test_commands_and_their_options_stay_as_published():
         "routes against budgets plot suite specs lengths samples batch budget branches device",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
         "trace": "folder texts files whole budget branches out mmap device",
+        "serve": "folders host port api_key_file rows queue max_prompt_tokens max_new_tokens max_seconds grace mmap device",
         "presets": "",
         "convert": "places to wrap_as tokenizer overrides",
         "bench": "name arguments",
@@ -80,7 +81,7 @@ def test_commands_and_their_options_stay_as_published():
 
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
-    from pathlm import bench, config, demo, evaluate, experiment, generate, trace, train
+    from pathlm import bench, config, demo, evaluate, experiment, generate, serve, trace, train
     from pathlm.evaluate import harness, long_context, routing
     from pathlm.models import convert
     from pathlm.text import prepare
@@ -92,6 +93,7 @@ def twins(command):
         "eval": (evaluate.run, harness.run, routing.run, long_context.run),
         "generate": (generate.run, generate.read_prompts),
         "trace": (trace.run, generate.read_prompts),
+        "serve": (serve.serve, serve.Limits),
         "convert": (convert.convert,),
         "bench": (bench.bench,),
         "demo": (demo.demo,),

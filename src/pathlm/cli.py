@@ -251,6 +251,31 @@ def trace(
     run(folder, given, budget=budget, branches=branches, out=out, device=device, mmap=mmap, console=Console())
 
 
+@app.command()
+def serve(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, checkpoints or Hugging Face folders; a model is called as its folder.")],
+    host: Annotated[str, typer.Option(help="Where to listen; any place but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key that requests must bring (or $PATHLM_API_KEY).")] = None,
+    rows: Annotated[int, typer.Option(help="Answers that one model writes at once.")] = 32,
+    queue: Annotated[int, typer.Option(help="Answers that may wait for that.")] = 128,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    max_seconds: Annotated[float, typer.Option(help="Until an answer must be complete.")] = 120.0,
+    grace: Annotated[float, typer.Option(help="Seconds that running answers have left when the server is told to stop.")] = 30.0,
+    mmap: Mmap = False,
+    device: Device = None,
+) -> None:
+    """Serve models over HTTP: a page, OpenAI's completions, and the path of every token."""
+    from pathlm.serve import Limits
+    from pathlm.serve import serve as body
+
+    limits = Limits(
+        rows=rows, queue=queue, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_seconds=max_seconds, grace=grace
+    )
+    body(folders, host=host, port=port, api_key_file=api_key_file, limits=limits, device=device, mmap=mmap, console=Console())
+
+
 @app.command("presets")
 def presets_() -> None:
     """List the named model sizes with exact parameters, operations and cache per token."""

@@ -56,14 +56,18 @@ class Path:
         """How many blocks were run, before, in and after the route."""
         return sum(part.startswith("block:") for step in self.steps for part in step.node.split("+"))
 
-    def to_json(self) -> str:
-        """Return the path as one line of JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the path as what JSON is made of."""
         row = asdict(self)
         for step in row["steps"]:
             for name in ("parts", "rival_parts"):
                 if not step[name]:
                     del step[name]
-        return json.dumps(row, ensure_ascii=False)
+        return row
+
+    def to_json(self) -> str:
+        """Return the path as one line of JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Path:

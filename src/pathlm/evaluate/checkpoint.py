@@ -88,6 +88,19 @@ def check_budget(model: Any, budget: float | None) -> dict[str, float]:
     return {"budget": float(budget)}
 
 
+def check_branches(model: Any, branches: int | None) -> dict[str, int]:
+    """Return what a forward pass is told about branches, the ways through the pool that a token may take at once; nothing for None.
+
+    Raises `ValueError` for a number that the model cannot have.
+    """
+    if branches is None:
+        return {}
+    if not hasattr(model, "check_branches"):
+        raise ValueError(f"branches={branches}: a {type(model).__name__} has no pool to branch in")
+    model.check_branches(branches)
+    return {"route_beams": branches}
+
+
 def check_share(budget: float | None) -> None:
     """Raise `ValueError` for a budget that is a share of nothing: this needs no model."""
     if budget is not None and not 0.0 < budget <= 1.0:

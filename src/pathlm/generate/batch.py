@@ -50,15 +50,14 @@ class Batch:
         layers = getattr(self._cache, "layers", None) or [None]
         return all(hasattr(layer, "join") or type(layer) is DynamicLayer for layer in layers)
 
-    def begin(self, prompts: Sequence[Sequence[int]], **told: Any) -> Tensor:
-        """Read the first tokens of every row and return the logits (B, V) after the last of them."""
-        assert self._cache is None
+    def begin(self, prompts: Sequence[Sequence[int]], *, every: bool = False, **told: Any) -> Any:
+        """Read the first tokens of every row; see `read`."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         rows = [[self._pad] * empty + list(prompt) for empty, prompt in zip(padding, prompts, strict=True)]
         self._start_B1 = torch.tensor(padding, device=self._model.device)[:, None]
         self._padded = any(padding)
-        return self.read(torch.tensor(rows, device=self._model.device), **told).logits[:, -1]
+        return self.read(torch.tensor(rows, device=self._model.device), every=every, **told)
 
     def advance(self, token_B: Tensor) -> Tensor:
         """Read one more token per row and return the logits (B, V) after it."""

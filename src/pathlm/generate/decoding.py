@@ -112,7 +112,7 @@ def decode(
     """Run one batch and yield, every `chunk` tokens, (prompt, its new tokens, why it stopped or None) for the rows that still write."""
     with evaluating(model):
         batch = Batch(model, check_budget(model, budget), pad_token_id=pad_token_id)
-        logits_BV = batch.begin(part.prompts)
+        logits_BV = batch.begin(part.prompts).logits[:, -1]
         uniform_BN = None if part.uniform_BN is None else torch.from_numpy(part.uniform_BN).to(logits_BV.device)
         active = list(range(len(part.prompts)))  # which row of the part each row of the running batch is
         stopped: list[Reason | None] = [None] * len(active)

@@ -22,8 +22,9 @@ def family(model_type: str) -> ModuleType:
     Each offers the same names: `Config`, `Model`, `PRESETS`, `curriculum(name, steps, knobs=…, stages=…, config=…, length=…)`,
     `param_groups(model, optim)`, `from_rows(config, rows)` (a fresh model for what a run reads), `start_from(folder, config)`,
     `check_start(theirs, config, origin=…)` (whether a model may begin with the weights of another configuration),
-    `paths(output, tokenizer)`, `FROM_DATA` (fields that a run's data decide, besides the vocabulary) and `FRESH` (fields that say how a
-    fresh model is made). Raises `ValueError` for a family that does not exist.
+    `paths(output, tokenizer, newest=…)`, whose traces are cut (`row`) and continued (`after`), `FROM_DATA` (fields that a run's data
+    decide, besides the vocabulary) and `FRESH` (fields that say how a fresh model is made). Raises `ValueError` for a family that does
+    not exist.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")

@@ -148,9 +148,13 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError(f"budget={budget}: a plain decoder has no pool to leave early")
         self.pool.check_budget(budget)
 
+    def check_branches(self, branches: int) -> None:
+        """Raise `ValueError` for a number of ways at once that the model's tokens cannot take."""
+        self._check_beams(branches, None, None)
+
     def set_branches(self, branches: int) -> None:
         """Let tokens take up to this many ways at once from now on. Raises `ValueError` for a number that the model cannot have."""
-        self._check_beams(branches, None, None)
+        self.check_branches(branches)
         self.config.route_beams = branches
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

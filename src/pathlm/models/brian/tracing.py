@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,9 +78,23 @@ class Trace:
             probability_NRA.unflatten(0, shape),
         )  # fmt: skip
 
+    def row(self, number: int) -> Trace:
+        """Return the trace of one row."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        mine: dict[str, Any] = {name: value[number : number + 1] for name, value in kept.items() if isinstance(value, Tensor)}
+        return replace(self, **mine)
 
-def paths(output: Any, tokenizer: Any) -> list[Path]:
+    def after(self, earlier: Trace) -> Trace:
+        """Return the trace of a text whose beginning another pass has read."""
+        both = {f.name: (getattr(earlier, f.name), getattr(self, f.name)) for f in fields(self)}
+        joined: dict[str, Any] = {name: torch.cat(pair, dim=1) for name, pair in both.items() if isinstance(pair[1], Tensor)}
+        return replace(self, **joined)
+
+
+def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Path]:
     """Return one path per token that is not padding, row by row. `output` is a forward pass with `trace=True`.
+
+    With `newest` the output is that of one row, and only its last so many tokens are told.
 
     Steps stand in the order of the computation: blocks before the pool, the route, `exit`, blocks after the pool. The score of `exit` is
     p(OUT) where the token left by choice, and 1 where its steps were used up. Where two blocks were visited in one step, the step is named
@@ -89,14 +103,17 @@ def paths(output: Any, tokenizer: Any) -> list[Path]:
     trace: Trace | None = output.trace
     if trace is None:
         raise ValueError("trace=None: run the model with trace=True to have paths")
-    ids = trace.input_ids[trace.present].tolist()
+    told = trace.present
+    if newest is not None:
+        told = told & (told.flip(1).cumsum(1).flip(1) <= newest)
+    ids = trace.input_ids[told].tolist()
     texts = {token: _text(tokenizer, token) for token in set(ids)}
-    blocks, scores = trace.block_BTS[trace.present].tolist(), trace.score_BTS[trace.present].tolist()
+    blocks, scores = trace.block_BTS[told].tolist(), trace.score_BTS[told].tolist()
     if trace.probability_BTRA is None:
         steps = [[Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True)] for route, sure in zip(blocks, scores, strict=True)]
         return [Path("brian", texts[token], tuple(route), first=len(route)) for token, route in zip(ids, steps, strict=True)]
     assert trace.second_BTR is not None
-    seconds, chances = trace.second_BTR[trace.present].tolist(), trace.probability_BTRA[trace.present].tolist()
+    seconds, chances = trace.second_BTR[told].tolist(), trace.probability_BTRA[told].tolist()
     return [
         Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)), first=trace.first_route_step)
         for token, route, sure, second, chance in zip(ids, blocks, scores, seconds, chances, strict=True)

@@ -7,7 +7,7 @@ what each earlier step sent there. With GELU's factor Φ(z) of the whole held, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +83,25 @@ class Trace:
     """With which weights the running signals are the signal"""
     place_BTD: Tensor
     """The positional vector that is added on every edge that leaves each token"""
+    next_BV: Tensor
+    """Energy of every node after the newest token"""
     graph: Graph
     """The edges that the signal takes"""
+
+    def row(self, number: int) -> Trace:
+        """Return the trace of one row."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        by_row: dict[str, Any] = {name: value[number : number + 1] for name, value in kept.items() if name not in ("mix_MD", "graph")}
+        return replace(self, **by_row)
+
+    def after(self, earlier: Trace) -> Trace:
+        """Return the trace of a text whose beginning another pass has read."""
+        continued_BT = self.arrival_BT.isnan() & self.present & ~self.starts
+        arrival_BT = torch.where(continued_BT, earlier.next_BV.gather(1, self.input_ids), self.arrival_BT)
+        mine = replace(self, arrival_BT=arrival_BT)
+        by_token = (f.name for f in fields(self) if f.name not in ("before_BMD", "next_BV", "mix_MD", "graph"))
+        joined: dict[str, Any] = {name: torch.cat((getattr(earlier, name), getattr(mine, name)), dim=1) for name in by_token}
+        return replace(self, before_BMD=earlier.before_BMD, **joined)
 
     @classmethod
     def of(cls, graph: Graph, token_BT: Tensor, walk: Walk, place_BTD: Tensor, energy_BTV: Tensor | None) -> Trace:
@@ -104,7 +121,7 @@ class Trace:
         return cls(
             token_BT, places.present_BT, places.starts_BT, walk.row_BT, walk.signal_BTD.detach(), node_BTK, many_BTK, energy_BTK,
             arrival_BT, energy_BTV.logsumexp(-1), output_BTD, gain_BTMD, walk.before_BMD.detach(), walk.mix_MD.detach(),
-            place_BTD, graph,
+            place_BTD, energy_BTV[row_B1[:, 0], column_BT[:, -1].clamp(min=0)].clone(), graph,
         )  # fmt: skip
 
 
@@ -160,8 +177,10 @@ def parts(trace: Trace, row: int, column: int, node_K: Sequence[int]) -> Parts:
     return Parts([*column_P, "bias", "position"], term_KPD, torch.einsum("kpd,kd->kp", term_KPD, along_KD))
 
 
-def paths(output: Any, tokenizer: Any) -> list[Path]:
+def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Path]:
     """Return one path per text, row by row: a step per token. `output` is a forward pass with `trace=True`.
+
+    With `newest` only a text's last so many steps are told, and the path is named after their tokens.
 
     A step's score is the energy with which the signal arrived at its token; the first token's is 0, as no edge leads there. Its rivals are
     the most energetic other nodes with their energies, so that the margin is the score minus the first rival's; its parts are what each
@@ -182,21 +201,22 @@ def paths(output: Any, tokenizer: Any) -> list[Path]:
         columns: list[int] = []
         for t in trace.present[row].nonzero().flatten().tolist():
             if bool(trace.starts[row, t]) and columns:
-                found.append(_path(trace, row, columns, name, tokenizer))
+                found.append(_path(trace, row, columns, name, tokenizer, newest))
                 columns = []
             columns.append(t)
         if columns:
-            found.append(_path(trace, row, columns, name, tokenizer))
+            found.append(_path(trace, row, columns, name, tokenizer, newest))
     return found
 
 
-def _path(trace: Trace, row: int, columns: list[int], name: Callable[[int], str], tokenizer: Any) -> Path:
-    """Return the path of one text, whose tokens are in these columns."""
-    ids = trace.input_ids[row, columns].tolist()
-    steps = [Step(name(ids[0]), 0.0)]
+def _path(trace: Trace, row: int, columns: list[int], name: Callable[[int], str], tokenizer: Any, newest: int | None) -> Path:
+    """Return the path of one text, whose tokens are in these columns, or its last steps."""
+    first = 0 if newest is None else max(len(columns) - newest, 0)
+    ids = trace.input_ids[row, columns[first:]].tolist()
+    steps = [] if first else [Step(name(ids[0]), 0.0)]
     # The part of a column is called after its step; that of a text's first token is its first signal.
     called = {t: "signal" if bool(trace.starts[row, t]) else f"step:{place}" for place, t in enumerate(columns)}
-    for place in range(1, len(columns)):
+    for place in range(max(first, 1), len(columns)):
         steps.append(_step(trace, row, columns[place - 1 : place + 1], name, called))
     return Path("brillm", tokenizer.decode(ids), tuple(steps))
 
