@@ -16,9 +16,9 @@ class Limits:
     max_prompt_tokens: int = 4096
     max_new_tokens: int = 1024
     max_branches: int = 8
-    max_seconds: float = 120.0
+    max_seconds: float | int = 120.0
     """Until an answer must be complete"""
-    grace: float = 30.0
+    grace: float | int = 30.0
     """Seconds that running answers have left when the server is told to stop"""
     max_body_bytes: int = 2**20
 

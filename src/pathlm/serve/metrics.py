@@ -17,7 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
+        self._counts: dict[str, dict[Labels, float | int]] = defaultdict(lambda: defaultdict(float))
         self._durations: dict[str, dict[Labels, tuple[list[int], float]]] = defaultdict(dict)
         self._help: dict[str, str] = {}
 
@@ -25,7 +25,7 @@ class Metrics:
         """Say what a name stands for."""
         self._help[name] = text
 
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+    def add(self, name: str, amount: float | int = 1, **labels: str) -> None:
         """Add to a counter."""
         with self._lock:
             self._counts[name][tuple(labels.items())] += amount
@@ -37,15 +37,15 @@ class Metrics:
             counts[bisect_left(SECONDS, seconds)] += 1
             self._durations[name][tuple(labels.items())] = (counts, total + seconds)
 
-    def text(self, gauges: Iterable[tuple[str, Labels, float]] = ()) -> str:
+    def text(self, gauges: Iterable[tuple[str, Labels, float | int]] = ()) -> str:
         """Return everything in Prometheus' text format, with `gauges` as they are now."""
-        now: dict[str, dict[Labels, float]] = defaultdict(dict)
+        now: dict[str, dict[Labels, float | int]] = defaultdict(dict)
         for name, labels, value in gauges:
             now[name][labels] = value
         with self._lock:
             return "\n".join((*self._written(self._counts, "counter"), *self._written(now, "gauge"), *self._histograms(), ""))
 
-    def _written(self, values: dict[str, dict[Labels, float]], kind: str) -> Iterator[str]:
+    def _written(self, values: dict[str, dict[Labels, float | int]], kind: str) -> Iterator[str]:
         for name, by_labels in values.items():
             yield from self._head(name, kind)
             yield from (f"{name}{_shown(labels)} {value:g}" for labels, value in by_labels.items())

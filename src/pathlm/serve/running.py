@@ -58,7 +58,9 @@ def run(
         rule = f"others can reach it there, so it needs a key: --api-key-file FILE, or the environment variable {KEY_VARIABLE}"
         raise ValueError(f"host={host!r}: {rule}")
     _check_port(host, port)
-    application = app(folders, limits=limits, api_key=key, hosts=LOOPBACK if alone else None, device=device, mmap=mmap)
+    application = app(
+        folders, limits=limits, api_key=key, hosts=(*LOOPBACK, host, f"[{host}]") if alone else None, device=device, mmap=mmap
+    )
     if console is not None:
         shown = f"[{host}]" if ":" in host else host
         console.print(

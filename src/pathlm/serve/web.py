@@ -87,7 +87,7 @@ class Answer:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield pieces until all rows have ended. Raises `Refusal` where one fails, and ends where the client has gone."""
-        open_rows, first = len(self._rows), True
+        open_rows, first, left = len(self._rows), True, True
         gone = asyncio.ensure_future(_gone(self._request))
         try:
             while open_rows:
@@ -95,9 +95,9 @@ class Answer:
                 await asyncio.wait((waits, gone), return_when=asyncio.FIRST_COMPLETED)
                 if not waits.done():
                     waits.cancel()
-                    self.service.metrics.add("pathlm_disconnects_total", model=self.served.name)
                     raise Refusal(499, "the client has gone")
                 piece = waits.result()
+                left = piece.failed is None and open_rows > (piece.finish_reason is not None)
                 if piece.failed == "time":
                     seconds = self.service.limits.max_seconds
                     headers = {"x-should-retry": "false"}
@@ -115,6 +115,8 @@ class Answer:
             for row in self._rows:
                 row.leave()
             metrics, name = self.service.metrics, self.served.name
+            if left:
+                metrics.add("pathlm_disconnects_total", model=name)
             metrics.add("pathlm_tokens_total", self.completion_tokens, model=name, kind="completion")
             metrics.observe("pathlm_answer_seconds", time.monotonic() - self._begun, model=name)
 
@@ -217,7 +219,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     def metrics() -> Response:
         """Counters, durations and the rows of now, for Prometheus."""
-        gauges: list[tuple[str, Labels, float]] = []
+        gauges: list[tuple[str, Labels, float | int]] = []
         for name, served in service.models.items():
             gauges.append(("pathlm_rows", (("model", name), ("state", "running")), len(served.engine.rows)))
             gauges.append(("pathlm_rows", (("model", name), ("state", "waiting")), len(served.engine.waiting)))
