@@ -122,6 +122,8 @@ class Block(nn.Module):
 
     def remember(self, h: Tensor) -> Tensor:
         """Return the keys and values of `h` (..., D) alone, side by side, not yet turned (..., 2G, K)."""
+        if not _own(self.qkv_proj):
+            return self.project(h)[..., self.heads :, :]
         first = self.heads * self.width
         bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
         return F.linear(self.attention_norm(h), self.qkv_proj.weight[first:], bias).unflatten(-1, (-1, self.width))
@@ -160,10 +162,24 @@ class PoolBlock(Block):
         return h_ND + NormedMlp.apply(h_ND, norm.weight, norm.eps, wide.weight, wide.bias, narrow.weight, narrow.bias)
 
 
-def _plain(h: Tensor, norm: RMSNorm, *layers: nn.Linear) -> bool:
+def _plain(h: Tensor, norm: RMSNorm, *layers: nn.Module) -> bool:
     """Whether gradients by hand are those of these modules: nobody has replaced a layer, and the norm rounds nothing."""
     rounds = h.dtype == torch.float64 and norm.statistics == torch.float32
-    return by_hand(h) and not rounds and all(type(layer) in (nn.Linear, ResidualLinear) for layer in layers)
+    return by_hand(h) and not rounds and _own(*layers)
+
+
+def _own(*layers: nn.Module) -> bool:
+    """Whether these layers are ours: libraries of adapters put their own in the place of a linear layer."""
+    return all(type(layer) in (nn.Linear, ResidualLinear) for layer in layers)
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """Return the matrix (out, in) of a linear layer, or of what another library has put in its place, found by asking it."""
+    if _own(layer):
+        found: Tensor = layer.weight
+        return found
+    columns = layer(torch.eye(layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    return (columns if layer.bias is None else columns - layer.bias).T
 
 
 def turned(qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:

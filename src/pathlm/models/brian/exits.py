@@ -12,7 +12,7 @@ from pathlm.models.brian.codes import is_reader
 from pathlm.models.brian.pool import Records
 from pathlm.models.brian.routing import BUDGETS, RoutePool
 from pathlm.models.brian.table import code_mask
-from pathlm.models.layers import rotate
+from pathlm.models.layers import matrix_of, rotate
 
 # Shapes: w watched tokens, R route steps, B rows, T tokens, H heads, G key/value heads, K head width, V vocabulary
 
@@ -37,7 +37,7 @@ def losses_by_step(model: Any, journey: Any, watched: Tensor, target_w: Tensor) 
             read = _read_as_another(block, h, h_BTD, watched, mask, rotary)
         h = block.finish(h, read)
     h = model.norm(h)
-    weight, flat = model.lm_head.weight, h.flatten(0, 1)
+    weight, flat = matrix_of(model.lm_head), h.flatten(0, 1)
     target = target_w.repeat(len(h))
     rows = max(1, PIECE // weight.shape[0])
     pieces = [

@@ -23,7 +23,7 @@ from pathlm.models.brian.table import code_mask
 from pathlm.models.brian.tracing import Trace
 from pathlm.models.brian.travel import Journey, travel
 from pathlm.models.hosted import Hosted, require_tokens
-from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary
+from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary, matrix_of
 from pathlm.models.losses import IGNORE, linear_cross_entropies, next_labels
 from pathlm.models.output import PathOutput
 
@@ -253,7 +253,7 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     def _loss(self, h_BTD: Tensor, target_BT: Tensor, count: Tensor | int | None, journey: Journey) -> tuple[Tensor, dict[str, Tensor]]:
         if count is None:
             count = (target_BT != IGNORE).sum().clamp(min=1)  # without a counted label the loss is 0, not 0 ÷ 0
-        total, loss_N = linear_cross_entropies(h_BTD.flatten(0, 1), self.lm_head.weight, journey.judged_now(target_BT.flatten()))
+        total, loss_N = linear_cross_entropies(h_BTD.flatten(0, 1), matrix_of(self.lm_head), journey.judged_now(target_BT.flatten()))
         loss = total / count
         metrics = {"loss/lm": loss.detach()}
         if self.pool is None:

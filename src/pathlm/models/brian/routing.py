@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.positions import IN, position_table
+from pathlm.models.layers import matrix_of
 
 # Shapes: N tokens in the pool, D model width, P width of positions, M pool blocks, A = M + 1 outputs of the router, G budgets
 
@@ -184,7 +185,7 @@ class RoutePool(nn.Module):
 
     def leave(self, h: Tensor, p: Tensor) -> Tensor:
         """Return what leaves the pool with hidden state `h` (..., D) from position `p` (..., P)."""
-        return h if self.out is None else h + F.linear(p.to(h.dtype), self.out.weight)
+        return h if self.out is None else h + F.linear(p.to(h.dtype), matrix_of(self.out))
 
     def threshold(self, budget: float | Tensor | None) -> Tensor:
         """Return the gain below which a token leaves, for a budget: the share of `max_route_steps` that tokens are to take on average.
@@ -252,4 +253,4 @@ def best_blocks(score_NM: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n {k}"]:
 
 def _linear(x: Tensor, layer: Any) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    return F.linear(x, matrix_of(layer).to(x.dtype), bias)

@@ -16,7 +16,7 @@ from pathlm.models.brian.outlook import Outlook
 from pathlm.models.brian.positions import IN
 from pathlm.models.brian.routing import RoutePool
 from pathlm.models.brian.table import Surroundings
-from pathlm.models.layers import rotate
+from pathlm.models.layers import matrix_of, rotate
 
 # Shapes: B rows of one token each, n of them still in the pool in the order of rows, D width, P width of positions, M pool blocks,
 # A = M + 1 outputs of the router, L places in the pool (IN, blocks, OUT)
@@ -260,7 +260,7 @@ def make_signposts(pool: RoutePool) -> Signposts:
     config = pool.config
     dtype = torch.promote_types(router.from_hidden.weight.dtype, torch.float32)
     position = pool.position.to(dtype)
-    seen: Any = router.from_position.weight if config.router_sees_position else router.by_step
+    seen: Any = matrix_of(router.from_position) if config.router_sees_position else router.by_step
     table = position @ seen.to(dtype).T if config.router_sees_position else seen.detach().to(dtype).clone()
     table[:, :-1] += pool.load_bias.to(dtype)
     by_step = not config.router_sees_position
@@ -268,14 +268,15 @@ def make_signposts(pool: RoutePool) -> Signposts:
         table[:, :-1] += config.location_bias * (position @ position[1:-1].T)
     adapted = None
     if len(pool.adapters):
-        layers: Any = pool.adapters
-        adapted = torch.cat([position.to(layer.weight.dtype) @ layer.weight.T for layer in layers])
-    leaving = None if pool.out is None else position.to(pool.out.weight.dtype) @ pool.out.weight.T
-    weight, second = router.from_hidden.weight.to(dtype), None
+        matrices = [matrix_of(layer) for layer in pool.adapters]
+        adapted = torch.cat([position.to(matrix.dtype) @ matrix.T for matrix in matrices])
+    out = None if pool.out is None else matrix_of(pool.out)
+    leaving = None if out is None else position.to(out.dtype) @ out.T
+    weight, second = matrix_of(router.from_hidden).to(dtype), None
     if config.router_hidden:
         width = config.hidden_size
-        inner = router.hidden_in.weight.to(dtype)
+        inner = matrix_of(router.hidden_in).to(dtype)
         added = router.hidden_in.bias.to(dtype) + (position @ inner[:, width:].T if inner.shape[1] > width else 0.0)
-        second = (added.expand(len(position), -1).contiguous(), router.hidden_out.weight.to(dtype).T.contiguous())
+        second = (added.expand(len(position), -1).contiguous(), matrix_of(router.hidden_out).to(dtype).T.contiguous())
         weight = torch.cat((weight, inner[:, :width]))
     return Signposts(weight, table.cpu().numpy(), by_step, second, adapted, leaving, {})
