@@ -57,6 +57,23 @@ def test_a_run_leaves_the_documented_folder(tmp_path):
     assert math.isfinite(result.last_validation)
 
 
+def test_the_record_tells_what_a_token_costs_and_a_finished_run_keeps_it(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "block_position_dim": 8}
+    folder = start(config(tmp_path, preset="brian-tiny", curriculum="fixed", model=sizes), console=quiet()).folder
+    record = json.loads((folder / "run.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "latest")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert record["flops_per_token"] == model.flops_per_token(64)
+    without = AutoModelForCausalLM.from_config(model.config.__class__(**model.config.to_dict() | {"max_route_steps": 3}))
+    router = 2 * (32 + 8) * 5
+    assert record["flops_per_token"] - without.flops_per_token(64) == pytest.approx(record["flops_per_visit"] + router)
+    ids = torch.ones(1, 40, dtype=torch.long)
+    assert record["cache_bytes_per_token"] * 40 == model(ids, use_cache=True).past_key_values.bytes()
+    start(config(tmp_path, preset="brian-tiny", curriculum="fixed", model=sizes), resume=True, console=quiet())
+    again = json.loads((folder / "run.json").read_text())
+    assert again.pop("resumed") and {**again, "resumed": []} == record
+
+
 def test_transformers_opens_every_checkpoint(tmp_path):
     folder = start(config(tmp_path), console=quiet()).folder / "checkpoints"
     for name in ("latest", "best", "step-00000002"):

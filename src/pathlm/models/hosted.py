@@ -27,6 +27,20 @@ class Hosted:
         found: float = family(self.config.model_type).flops_per_token(self.config, length)
         return found
 
+    def costs(self, length: int) -> dict[str, float | int]:
+        """Return what a token costs in rows of `length` tokens: operations of a forward pass, of a visit to a pool's block, bytes of cache.
+
+        `flops_per_token` counts all route steps of a pool; one that is left early saves `flops_per_visit` for each block that is not run.
+        `cache_bytes_per_token` is in the numbers that the weights have.
+        """
+        from pathlm.models import family
+
+        package = family(self.config.model_type)
+        visit = package.flops_per_visit(self.config, length) if getattr(self.config, "pool_blocks", 0) else 0.0
+        size = next(self.parameters()).element_size()  # type: ignore[attr-defined]
+        held = size * package.cache_numbers_per_token(self.config)
+        return {"flops_per_token": self.flops_per_token(length), "flops_per_visit": visit, "cache_bytes_per_token": held}
+
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """Return the operations of a training step on this batch: the forward pass and twice as much for the backward pass."""
         batch, tokens = input_dict["input_ids"].shape

@@ -154,7 +154,7 @@ def carry_out(
     model = job.build() if at < config.steps else None  # before anything is written: weights of `init` may not fit
     acc.wait_for_everyone()  # nobody writes before everybody has looked
     if acc.is_main_process:
-        _prepare_folder(config, job, acc, found, at)
+        _prepare_folder(config, _record(config, job, acc) | _costs(model, config), found, at)
     acc.wait_for_everyone()
     for note in job.notes:
         _say(console, f"note: {note}")
@@ -226,15 +226,26 @@ def _record(config: RunConfig, job: Job, acc: Accelerator) -> dict[str, Any]:
     return record.describe(config, job.model_config, device=_where(acc), processes=acc.num_processes, init=job.init)
 
 
-def _prepare_folder(config: RunConfig, job: Job, acc: Accelerator, found: dict[str, Any] | None, at: int) -> None:
+def _costs(model: Any, config: RunConfig) -> dict[str, Any]:
+    """Return how large a model is, and what a token of this run costs where its family tells that."""
+    if model is None:
+        return {}
+    size = {"parameters": sum(p.numel() for p in model.parameters())}
+    return size | (model.costs(config.data.length) if hasattr(model, "costs") else {})
+
+
+def _prepare_folder(config: RunConfig, new: dict[str, Any], found: dict[str, Any] | None, at: int) -> None:
     """Write the record, and bring the folder back to what it was at step `at`."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    new = _record(config, job, acc)
     if found is not None:
-        new |= {
-            "started": found["started"],
-            "resumed": [*found["resumed"], {"step": at, "at": datetime.now(UTC).isoformat(timespec="seconds")}],
-        }
+        new = (
+            found
+            | new
+            | {
+                "started": found["started"],
+                "resumed": [*found["resumed"], {"step": at, "at": datetime.now(UTC).isoformat(timespec="seconds")}],
+            }
+        )
     record.write(config.folder / "run.json", new)
     checkpoint.clean(config.folder / "checkpoints")
     for log in checkpoint.LOGS:

@@ -15,6 +15,7 @@ _HOMES = {
     "FRESH": ("presets", "FRESH"),
     "cache_numbers_per_token": ("presets", "cache_numbers_per_token"),
     "flops_per_token": ("presets", "flops_per_token"),
+    "flops_per_visit": ("presets", "flops_per_visit"),
     "Knobs": ("curriculum", "Knobs"),
     "curriculum": ("curriculum", "curriculum"),
     "from_rows": ("modeling", "from_rows"),

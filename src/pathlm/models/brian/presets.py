@@ -58,27 +58,47 @@ def flops_per_token(config: BrianConfig, length: int) -> float:
     Counts matrix products: projections, causal attention over (length + 1) / 2 tokens on average, the router, and the head. The embedding
     is a look-up. In a pool every token is taken to use all its route steps; one that leaves early costs less.
     """
-    heads, groups, width, pool = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.pool_blocks
-    assert groups is not None and width is not None
-    mlp, whole = 3 * config.hidden_size * config.intermediate_size, (length + 1) / 2
-    products = config.hidden_size * (2 * heads + 2 * groups) * width + mlp
-    own = products + 2 * heads * width * _seen(config.attention_window, whole)
-    # A reader of codes makes queries only; it asks in the codes' space and translates what it reads.
-    code, mixed = config.code_width, config.memory == "local+canonical"
-    far = _seen(config.code_window, whole)
-    keys = config.code_keys * width
-    asking = 2 * heads * (code * width * (1 + (config.code_delta_rank > 0) * config.code_delta_rank / width) + keys)
-    reader = config.hidden_size * 2 * heads * width + mlp + asking + heads * (2 * code + keys) * far
-    posts = config.post_blocks * (reader if config.post_memory == "canonical" else own)
-    step: float = 0
-    if pool:
+    own, code_reader = _block(config, length, config.attention_window), _code_reader(config, length)
+    posts = config.post_blocks * (code_reader if config.post_memory == "canonical" else own)
+    pool: float = 0
+    if config.pool_blocks:
         seen, hidden = config.block_position_dim, config.router_hidden
-        router = (config.hidden_size + seen) * (hidden or pool + 1) + hidden * (pool + 1)
-        visit = reader if config.memory == "canonical" else products + 2 * heads * width * _seen(config.local_window, whole)
-        if mixed and config.local_window:
-            visit += asking + heads * (2 * code + keys) * max(far - config.local_window, 0)
-        step = config.route_top_k * (visit + seen * config.hidden_size * config.blocks_see_position) + router
-    return 2 * (config.pre_blocks * own + posts + config.max_route_steps * step + config.hidden_size * config.vocab_size)
+        router = (config.hidden_size + seen) * (hidden or config.pool_blocks + 1) + hidden * (config.pool_blocks + 1)
+        pool = config.max_route_steps * (config.route_top_k * flops_per_visit(config, length) / 2 + router)
+    return 2 * (config.pre_blocks * own + posts + pool + config.hidden_size * config.vocab_size)
+
+
+def flops_per_visit(config: BrianConfig, length: int) -> float:
+    """Return the operations of one token's visit to one block of the pool, averaged over rows of `length` tokens."""
+    visit = _code_reader(config, length) if config.memory == "canonical" else _block(config, length, config.local_window)
+    if config.memory == "local+canonical" and config.local_window:
+        far = max(_seen(config.code_window, (length + 1) / 2) - config.local_window, 0)
+        visit += _asking(config) + config.num_attention_heads * (config.code_width + config.code_row_width) * far
+    return 2 * (visit + config.block_position_dim * config.hidden_size * config.blocks_see_position)
+
+
+def _block(config: BrianConfig, length: int, window: int) -> float:
+    """Return the multiply-adds of a block that reads rows of the newest `window` tokens; 0 is all."""
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert groups is not None and width is not None
+    read = 2 * heads * width * _seen(window, (length + 1) / 2)
+    return config.hidden_size * (2 * heads + 2 * groups) * width + read + 3 * config.hidden_size * config.intermediate_size
+
+
+def _code_reader(config: BrianConfig, length: int) -> float:
+    """Return the multiply-adds of a block that reads codes: it makes queries only."""
+    heads, width = config.num_attention_heads, config.head_dim
+    assert width is not None
+    read = heads * (config.code_width + config.code_row_width) * _seen(config.code_window, (length + 1) / 2)
+    return config.hidden_size * 2 * heads * width + 3 * config.hidden_size * config.intermediate_size + _asking(config) + read
+
+
+def _asking(config: BrianConfig) -> float:
+    """Return the multiply-adds of asking in the codes' space, and of translating what was read."""
+    heads, width = config.num_attention_heads, config.head_dim
+    assert width is not None
+    translating = config.code_width * width * (1 + (config.code_delta_rank > 0) * config.code_delta_rank / width)
+    return 2 * heads * (translating + config.code_keys * width)
 
 
 def _seen(window: int, whole: float) -> float:
