@@ -202,6 +202,17 @@ def eval_(
 
 
 @app.command()
+def gates(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders: those to judge, and a plain baseline.")],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the verdicts to this file, too.")] = None,
+) -> None:
+    """Judge runs, stage by stage and for the step to a larger model, by what they recorded: pass, FAIL, not measured."""
+    from pathlm.evaluate.gates import run
+
+    run(folders, json_file=json_file, console=Console())
+
+
+@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run, a checkpoint, or any Hugging Face folder.")],
     prompts: Annotated[

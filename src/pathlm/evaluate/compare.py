@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from rich.table import Table
 from pathlm.evaluate.checkpoint import find_checkpoint, open_model, run_folder, run_record
 from pathlm.evaluate.lm import LanguageScore, choose, reach, score
 from pathlm.evaluate.ngram import KneserNey
+from pathlm.evaluate.recorded import replace
 from pathlm.evaluate.routes import route_table
 
 NGRAM_TOKENS = 20_000_000
@@ -165,7 +165,7 @@ def ngram_scores(corpus: Any, split: str, chosen: Sequence[Any], *, order: int, 
         known, nats = _count_and_score(corpus, split, chosen, order=order, train_tokens=train_tokens)
         cache[key] = {"split": split, "documents": len(chosen), "train_tokens": known, "nats": nats}
         with suppress(OSError):
-            _replace(file, cache)
+            replace(file, cache)
     found = cache[key]
     tokens, size = sum(record.tokens - 1 for record in chosen), sum(record.bytes for record in chosen)
     scores = [LanguageScore.of(nats, tokens=tokens, size=size, documents=len(chosen)) for nats in found["nats"]]
@@ -259,15 +259,7 @@ def note_result(file: Path, name: str, result: dict[str, Any]) -> Path:
     with suppress(OSError, ValueError):
         results = json.loads(file.read_text(encoding="utf-8"))
     try:
-        _replace(file, results | {name: result})
+        replace(file, results | {name: result})
     except OSError as error:
         warnings.warn(f"{file} could not be written: {error}", stacklevel=3)
     return file
-
-
-def _replace(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is replaced whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
