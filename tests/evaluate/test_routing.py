@@ -276,6 +276,23 @@ def test_a_run_writes_everything_beside_its_evaluation(prepared):
     assert result["routed"]["tokens"] == result["budgets"][0]["tokens"] and result["routed"]["documents"] == 6
     assert result["plain"]["routed_excess"]["value"] == pytest.approx(result["routed"]["loss"] - result["plain"]["loss"], abs=1e-5)
     assert all(-1 <= found["low"] <= found["value"] <= found["high"] <= 1 for found in result["difficulty"].values())
+    told, tokens = result["metrics"], result["routed"]["tokens"]
+    assert sum(result["map"]["transitions"][0]) == tokens and told["route/steps_mean"] == result["routed"]["steps_mean"]
+    assert [told[f"route/left_after_{n}"] for n in range(STEPS + 1)] == result["routed"]["histogram"] and told["time/tokens_per_s"] > 0
+    assert {name: sum(row["tokens"] for row in rows) for name, rows in result["slices"].items()} == dict.fromkeys(result["slices"], tokens)
+    hardest, easiest = result["slices"]["difficulty"][-1], result["slices"]["difficulty"][0]
+    assert result["difficulty_of"] == "the plain model" and hardest["loss"] != easiest["loss"]
+    gains = sum(row["gain"] * row["tokens"] for row in result["slices"]["position"]) / tokens
+    assert gains == pytest.approx(result["gain"]["mean"]["value"], abs=1e-6)
+
+
+def test_a_token_that_leaves_early_saves_the_operations_of_the_blocks_it_does_not_visit(model, corpus):
+    def flops(depth):
+        return routing.of_costs(model, route_table(model, corpus, context=16, depths=np.full(count, depth)))["compute/flops_per_token"]
+
+    count = sum(len(document) - 1 for document in corpus.data["validation"])
+    assert flops(STEPS) == model.flops_per_token(16)
+    assert flops(STEPS) - flops(1) == pytest.approx(3 * model.costs(16)["flops_per_visit"])
 
 
 def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prepared, capsys):
@@ -302,8 +319,9 @@ def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prep
 
 def test_gain_is_the_loss_at_the_fewest_steps_minus_that_at_all_of_them(model, corpus, records):
     frequency = token_frequency(corpus, vocabulary=VOCABULARY)
-    found = routing.measured_gain(model, corpus, "validation", records, frequency, draws=50, context=16)
     early, late = (route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS))
+    same = routing.extremes(model, corpus, "validation", records, context=16)
+    found = routing.measured_gain(records, *same, frequency, draws=50)
     assert (found["shortest"]["steps_mean"], found["deepest"]["steps_mean"]) == (1, STEPS)
     assert found["mean"]["value"] == pytest.approx(float((early.loss - late.loss).mean(dtype=np.float64)), abs=1e-6)
     expected = difficulty_depth(records, early.loss - late.loss, frequency, draws=50)
@@ -320,7 +338,7 @@ def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(
     by_gain[np.argsort(early.loss - late.loss)] = np.sort(records.steps)
     fields = {name: getattr(records, name) for name in ("document", "position", "token", "following", "loss", "evaluations", "header")}
     dealt = type(records)(**fields, steps=by_gain)
-    found = routing.measured_gain(model, corpus, "validation", dealt, frequency, draws=50, context=16)
+    found = routing.measured_gain(dealt, early, late, frequency, draws=50)
     assert found["correlations"]["spearman"]["low"] > 0.5
 
 

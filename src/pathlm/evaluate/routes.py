@@ -13,6 +13,7 @@ from torch import Tensor
 from pathlm.evaluate.checkpoint import check_budget
 from pathlm.evaluate.lm import LanguageScore, Window, choose, groups, reach, token_losses
 from pathlm.evaluate.records import FORMAT, TokenLosses
+from pathlm.evaluate.route_map import RouteMap
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window
 
@@ -104,12 +105,13 @@ def route_table(
     max_documents: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
+    route_map: RouteMap | None = None,
 ) -> RouteRecords:
     """Read whole documents of a split and return, per token, its route steps and the loss after it.
 
     Documents, windows, `context`, `stride`, `max_documents` and `max_tokens` are those of `evaluate.lm.score`. A token of several windows
     is told of as it was in the one that counted it. `budget` is the model's; `depths` (N,) give every token its number of route steps
-    instead of the router's choice to leave. A plain decoder may be measured, too.
+    instead of the router's choice to leave. `route_map` counts where the tokens go. A plain decoder may be measured, too.
 
     Raises `ValueError` for a model that keeps no traces, for numbers out of range, and for a loss that is not finite.
     """
@@ -125,7 +127,7 @@ def route_table(
         documents = [corpus.document_tokens(split, record.number) for record in group]
         ends = done + np.cumsum([len(tokens) - 1 for tokens in documents])
         given = None if depths is None else np.split(depths[done : ends[-1]], ends[:-1] - done)
-        watch = _Watch(model, documents, budget, given)
+        watch = _Watch(model, documents, budget, given, route_map)
         losses = token_losses(model, documents, context=context, stride=stride, progress=progress, call=watch)
         for record, tokens, loss, steps, evaluations in zip(group, documents, losses, watch.steps, watch.evaluations, strict=True):
             if not np.isfinite(loss).all():
@@ -145,8 +147,15 @@ def route_table(
 class _Watch:
     """Runs the model on windows and notes what their tokens did."""
 
-    def __init__(self, model: Any, documents: Sequence[np.ndarray], budget: float | None, depths: Sequence[np.ndarray] | None) -> None:
-        self.model, self.budget, self.depths = model, budget, depths
+    def __init__(
+        self,
+        model: Any,
+        documents: Sequence[np.ndarray],
+        budget: float | None,
+        depths: Sequence[np.ndarray] | None,
+        route_map: RouteMap | None,
+    ) -> None:
+        self.model, self.budget, self.depths, self.route_map = model, budget, depths, route_map
         self.steps = [np.zeros(len(tokens) - 1, dtype=np.int16) for tokens in documents]
         self.evaluations = [np.zeros(len(tokens) - 1, dtype=np.int16) for tokens in documents]
 
@@ -171,10 +180,14 @@ class _Watch:
         if getattr(trace, "visits_BT", None) is not None:
             evaluated_BT = trace.visits_BT + evaluated_BT - visited_BTS[..., pool].sum(-1)
         steps_BT, evaluated_BT = visited_BTS[..., pool].sum(-1).cpu().numpy(), evaluated_BT.cpu().numpy()
+        counted_BT = torch.zeros(ids_BT.shape, dtype=torch.bool, device=ids_BT.device)
         for row, (number, window) in enumerate(batch):
             # The loss of the token at place p was predicted at place p − 1.
             counted, here = slice(window.first - 1, window.stop), slice(window.first - 1 - window.start, window.stop - window.start)
             self.steps[number][counted], self.evaluations[number][counted] = steps_BT[row, here], evaluated_BT[row, here]
+            counted_BT[row, here] = True
+        if self.route_map is not None:
+            self.route_map.add(trace, counted_BT)
         return output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,7 +21,9 @@ from pathlm.evaluate.correlation import DRAWS, Estimate, Pair, correlations, mea
 from pathlm.evaluate.lm import LanguageScore, choose, reach, score
 from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import TokenLosses, read_token_losses
+from pathlm.evaluate.route_map import RouteMap
 from pathlm.evaluate.routes import RouteRecords, budget_curve, check_budgets, route_table
+from pathlm.evaluate.slices import slices
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window, V vocabulary
 
@@ -76,25 +79,21 @@ def aligned(records: RouteRecords, plain: TokenLosses | np.ndarray) -> np.ndarra
     return plain
 
 
-def measured_gain(
-    model: Any,
-    corpus: Any,
-    split: str,
-    records: RouteRecords,
-    frequency_V: np.ndarray,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Correlate the steps of tokens with what depth is worth there: the loss if all leave as early as they may minus that at full depth.
-
-    Depth is taught by gain, not by loss: a token may be hard and yet have nothing to gain. This gain is of all steps for everybody at once,
-    in two passes, while training measures one token's own and leaves the others as they were. Correlations are those of `difficulty_depth`;
-    `options` are those of `route_table`, as they were for `records`.
-    """
+def extremes(model: Any, corpus: Any, split: str, records: RouteRecords, **options: Any) -> tuple[RouteRecords, RouteRecords]:
+    """Measure the same tokens when all leave as early as they may, and when all take every step; `options` are those of `route_table`."""
     fewest, most = model.pool.steps_possible
     early, late = (route_table(model, corpus, split, depths=np.full_like(records.steps, depth), **options) for depth in (fewest, most))
+    return early, late
+
+
+def measured_gain(
+    records: RouteRecords, early: RouteRecords, late: RouteRecords, frequency_V: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Any]:
+    """Correlate the steps of tokens with what depth is worth there: the loss if all leave `early` minus that if all leave `late`.
+
+    Depth is taught by gain, not by loss: a token may be hard and yet have nothing to gain. This gain is of all steps for everybody at once,
+    in two passes, while training measures one token's own and leaves the others as they were. Correlations are those of `difficulty_depth`.
+    """
     gain_N = early.loss - late.loss
     found = difficulty_depth(records, gain_N, frequency_V, draws=draws, seed=seed)
     return {
@@ -144,29 +143,31 @@ def run(
     place, model, data = _opened(folder, corpus, device=device)
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
     resampled(len(chosen), draws=draws)
-    budgets = _curve_budgets(model, budgets)
-    check_budgets(model, (*budgets, *(() if budget is None else (budget,))))
+    budgets = _curve_budgets(model, budgets, also=budget)
     context, stride = _reach(folder, model, context, stride)
     options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
     settings = {"context": context, "stride": stride, "draws": draws, "seed": seed}
     losses, beside = _plain_losses(against, data, split, device=device, console=console, **options)
-    with bar(
-        console, "routes", total=(len(budgets) + 3 + PASSES + 2 * (losses is not None)) * sum(record.tokens - 1 for record in chosen)
-    ) as advance:
+    passes = len(budgets) + 3 + PASSES + 2 * (losses is not None)
+    with bar(console, "routes", total=passes * sum(record.tokens - 1 for record in chosen)) as advance:
         options |= {"draws": draws, "seed": seed, "progress": advance}
-        found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, **options)
-    if beside is not None:
-        beside["routed_excess"] = found.pop("routed_excess")
+        found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, beside=beside, **options)
     about = {"split": split, "checkpoint": str(place), "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]}}
-    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings}
-    file = note_result(run_folder(folder) / "routes.json", split, result := about | found | {"plain": beside})
+    result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings} | found
+    file = note_result(run_folder(folder) / "routes.json", split, result)
+    _finish(result, file, plot=plot, console=console)
+    return result
+
+
+def _finish(result: dict[str, Any], file: Path, *, plot: Path | str | None, console: Console | None) -> None:
+    """Draw the curve and print the tables where they are asked for."""
     if plot is not None:
         Path(plot).write_text(budget_svg(result), encoding="utf-8")
     if console is not None:
         console.print(*(part for shown in tables(result) for part in (shown, "")))
         written = f"{file}, the curve to {plot}" if plot is not None else str(file)
-        console.print(f"context {context}, stride {stride}; written to {written}", style="dim", highlight=False, soft_wrap=True)
-    return result
+        settings = f"context {result['settings']['context']}, stride {result['settings']['stride']}"
+        console.print(f"{settings}; written to {written}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _check(plot: Path | str | None, budgets: Sequence[float | None]) -> None:
@@ -195,12 +196,13 @@ def _trained_on(folder: Path | str) -> dict[str, Any]:
     return found
 
 
-def _curve_budgets(model: Any, budgets: Sequence[float] | None) -> list[float]:
-    """Return the budgets of the curve: those given, else some between the smallest trained one and 1."""
-    if budgets is not None:
-        return list(budgets)
-    low, high = model.pool.budgets_trained.tolist()
-    return [] if low > high else np.linspace(max(low, model.pool.lowest_budget), 1, BUDGETS).tolist()
+def _curve_budgets(model: Any, budgets: Sequence[float] | None, *, also: float | None) -> list[float]:
+    """Return the budgets of the curve: those given, else some between the smallest trained one and 1; `also` is one more to check."""
+    if budgets is None:
+        low, high = model.pool.budgets_trained.tolist()
+        budgets = [] if low > high else np.linspace(max(low, model.pool.lowest_budget), 1, BUDGETS).tolist()
+    check_budgets(model, [*budgets, *([] if also is None else [also])])
+    return list(budgets)
 
 
 def _reach(folder: Path | str, model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
@@ -211,25 +213,58 @@ def _reach(folder: Path | str, model: Any, context: int | None, stride: int | No
 
 def _measured(
     model: Any, corpus: Any, split: str, *, budget: float | None, budgets: Sequence[float], losses: TokenLosses | None,
-    draws: int, seed: int, **options: Any,
+    beside: dict[str, Any] | None, draws: int, seed: int, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return everything that is measured of routes; `losses` are a plain model's, where there is one."""
+    """Return everything that is measured of routes; `losses` are a plain model's and `beside` what is told of it, where there is one."""
     drawn: dict[str, Any] = {"draws": draws, "seed": seed}
     frequency_V = token_frequency(corpus, vocabulary=model.config.vocab_size)
-    records = route_table(model, corpus, split, budget=budget, **options)
-    beside = None if losses is None else aligned(records, losses)  # refused before the longer part
+    moves, begun = RouteMap(model), time.perf_counter()
+    records = route_table(model, corpus, split, budget=budget, route_map=moves, **options)
+    taken = time.perf_counter() - begun
+    plain_N = None if losses is None else aligned(records, losses)  # refused before the longer part
+    early, late = extremes(model, corpus, split, records, **options)
+    hard_N = records.loss if plain_N is None else plain_N
     result: dict[str, Any] = {
         "routed": asdict(records.score()),
+        "metrics": of_steps(records) | moves.metrics() | of_costs(model, records) | {"time/tokens_per_s": len(records) / taken},
+        "map": moves.to_dict(),
+        "slices": slices(records, corpus.tokenizer(), frequency_V, difficulty_N=hard_N, gain_N=early.loss - late.loss),
+        "difficulty_of": "the model itself" if plain_N is None else "the plain model",
         "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
-        "controls": controls(model, corpus, split, records, frequency_V, difficulty_N=beside, **drawn, **options),
-        "gain": measured_gain(model, corpus, split, records, frequency_V, **drawn, **options),
-        "difficulty": None,
+        "controls": controls(model, corpus, split, records, frequency_V, difficulty_N=plain_N, **drawn, **options),
+        "gain": measured_gain(records, early, late, frequency_V, **drawn),
     }
-    if beside is not None:
-        found = difficulty_depth(records, beside, frequency_V, **drawn)
-        result["difficulty"] = {name: estimate.to_dict() for name, estimate in found.items()}
-        result["routed_excess"] = mean_with_interval(records.loss - beside, records.document, **drawn).to_dict()
-    return result
+    if plain_N is None or beside is None:
+        return result | {"difficulty": None, "plain": None}
+    found = difficulty_depth(records, plain_N, frequency_V, **drawn)
+    more = mean_with_interval(records.loss - plain_N, records.document, **drawn).to_dict()
+    return result | {
+        "difficulty": {name: estimate.to_dict() for name, estimate in found.items()},
+        "plain": beside | {"routed_excess": more},
+    }
+
+
+def of_steps(records: RouteRecords) -> dict[str, float]:
+    """Return how many steps tokens took and how many blocks ran for them, by the names that training logs them under."""
+    left = np.bincount(records.steps, minlength=records.header["max_route_steps"] + 1) / len(records)
+    return {
+        "route/steps_mean": float(records.steps.mean()),
+        "route/steps_median": float(np.median(records.steps)),
+        "route/steps_max": float(records.steps.max()),
+        **{f"route/left_after_{steps}": float(share) for steps, share in enumerate(left)},
+        "route/block_evaluations": float(records.evaluations.mean()),
+    }
+
+
+def of_costs(model: Any, records: RouteRecords) -> dict[str, float]:
+    """Return what a token costs: bytes of cache that remain of it, and operations of the blocks that ran, as estimated from the sizes."""
+    config, costs = model.config, model.costs(records.header["context"])
+    most = config.pre_blocks + config.post_blocks + config.max_route_steps * config.route_top_k
+    saved = costs["flops_per_visit"] * (most - float(records.evaluations.mean()))
+    return {
+        "memory/cache_bytes_per_token": float(costs["cache_bytes_per_token"]),
+        "compute/flops_per_token": costs["flops_per_token"] - saved,
+    }
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -276,7 +311,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
         depth.add_column(heading, justify="right", no_wrap=True)
     for name in gain["correlations"]:
         depth.add_row(_NAMES[name], *(_told(found[name], digits=3) for found in columns.values()))
-    return [scores, depth]
+    return [scores, by_class(result["slices"]["class"]), depth]
+
+
+def by_class(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the slices by what a token is in its word as a table."""
+    table = Table(title="by kind of token", box=None, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens", "nats\n/token", "route\nsteps", "blocks\n/token", "gain of\ndepth"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = (f"{row['loss']:.4f}", f"{row['steps_mean']:.2f}", f"{row['block_evaluations']:.2f}", f"{row['gain']:+.4f}")
+        table.add_row(row["label"], f"{row['tokens']:,}", *numbers)
+    return table
 
 
 _NAMES = {
