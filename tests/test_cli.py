@@ -70,6 +70,7 @@ def test_commands_and_their_options_stay_as_published():
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
         "routes against budgets plot suite specs lengths samples batch budget branches device",
         "gates": "folders json_file",
+        "compare": "folders within json_file",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
         "trace": "folder texts files whole budget branches out mmap device",
         "serve": "folders host port api_key_file rows queue max_prompt_tokens max_new_tokens max_seconds grace mmap device",
@@ -83,7 +84,7 @@ def test_commands_and_their_options_stay_as_published():
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
     from pathlm import bench, config, demo, evaluate, experiment, generate, serve, trace, train
-    from pathlm.evaluate import gates, harness, long_context, routing
+    from pathlm.evaluate import gates, harness, lineup, long_context, routing
     from pathlm.models import convert
     from pathlm.text import prepare
 
@@ -93,6 +94,7 @@ def twins(command):
         "experiment": (experiment.run,),
         "eval": (evaluate.run, harness.run, routing.run, long_context.run),
         "gates": (gates.run,),
+        "compare": (lineup.run,),
         "generate": (generate.run, generate.read_prompts),
         "trace": (trace.run, generate.read_prompts),
         "serve": (serve.serve, serve.Limits),

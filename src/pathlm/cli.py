@@ -213,6 +213,18 @@ def gates(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders, of any family.")],
+    within: Annotated[float, typer.Option(help="Share by which costs may differ and be called equal.")] = 0.05,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything to this file, too.")] = None,
+) -> None:
+    """Line runs up at equal parameters, equal training and equal blocks per token, by what they recorded."""
+    from pathlm.evaluate.lineup import run
+
+    run(folders, within=within, json_file=json_file, console=Console())
+
+
+@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run, a checkpoint, or any Hugging Face folder.")],
     prompts: Annotated[

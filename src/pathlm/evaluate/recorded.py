@@ -82,26 +82,30 @@ class Recorded:
     @property
     def tokens(self) -> int | None:
         """Positions read so far, those of the run that the weights come from included; None where these are not known."""
-        here = max((row["tokens"] for row in self.log if isinstance(row.get("tokens"), int)), default=0)
-        found = _with_earlier(self, here, lambda before, step: step * before.config["batch_tokens"])
+        found = _with_earlier(self, float(self._read()), lambda before, step: float(before._read(step)))
         return None if found is None else int(found)
 
     @property
     def training_flops(self) -> float | None:
         """Operations of training so far, three forward passes a token; None where the folder does not record what a token costs."""
-        here = self._flops(self.log)
-        return _with_earlier(self, here, lambda before, step: before._flops([row for row in before.log if row["step"] <= step]))
+        return _with_earlier(self, self._flops(), Recorded._flops)
 
-    def _flops(self, log: Sequence[Mapping[str, Any]]) -> float | None:
-        """Return the operations of training over the rows of a log: of a pool, as many visits as were logged on average."""
+    def _read(self, step: int | None = None) -> int:
+        """Return the positions that this run itself had read at a step, by default at the last one that was logged."""
+        if step is not None:
+            return step * int(self.config["batch_tokens"])
+        return max((row["tokens"] for row in self.log if isinstance(row.get("tokens"), int)), default=0)
+
+    def _flops(self, step: int | None = None) -> float | None:
+        """Return this run's own operations up to a step: of a pool, as many visits as were logged on average."""
         whole, visit = (number(self.record.get(name)) for name in ("flops_per_token", "flops_per_visit"))
         if whole is None or visit is None:
             return None
-        tokens = max((row["tokens"] for row in log), default=0)
-        ran = [value for row in log if LOSS not in row and (value := number(row.get(VISITS))) is not None]
+        rows = (row for row in self.log if LOSS not in row and (step is None or row["step"] <= step))
+        ran = [value for row in rows if (value := number(row.get(VISITS))) is not None]
         if visit and not ran:
             return None
-        return 3 * tokens * (whole - (visit * (self.most_visits - statistics.fmean(ran)) if visit else 0))
+        return 3.0 * self._read(step) * (whole - (visit * (self.most_visits - statistics.fmean(ran)) if visit else 0.0))
 
     @property
     def most_visits(self) -> int:
