@@ -72,7 +72,7 @@ def test_commands_and_their_options_stay_as_published():
         "gates": "folders json_file",
         "compare": "folders within json_file",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
-        "trace": "folder texts files whole budget branches out mmap device",
+        "trace": "folder texts files whole budget branches out keep mmap device",
         "serve": "folders host port api_key_file rows queue max_prompt_tokens max_new_tokens max_seconds grace mmap device",
         "presets": "",
         "convert": "places to wrap_as tokenizer overrides",

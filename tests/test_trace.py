@@ -14,7 +14,7 @@ import pathlm
 from pathlm import trace
 from pathlm.cli import app
 from pathlm.generate import generate, run, stream
-from pathlm.path import Path, Step, read_paths
+from pathlm.path import Path, Step, read_neighbours, read_paths
 from test_generate import make_gpt2, make_llama, make_tokenizer
 
 TEXTS = ["The people of the Union.", "春眠不觉晓 😀"]
@@ -332,3 +332,41 @@ def test_the_command_shows_the_signals_of_a_graph_and_writes_their_parts(tokeniz
             assert sum(number for _, number in step.parts) == pytest.approx(step.score, abs=1e-5)
             for (_, energy), numbers in zip(step.rivals, step.rival_parts, strict=True):
                 assert sum(numbers) == pytest.approx(energy, abs=1e-5)
+
+
+def test_kept_paths_lie_in_the_runs_folder_and_say_which_text_they_are_of(folder, tokenizer):
+    done = command("trace", folder / "checkpoints" / "best", *TEXTS, "--keep")
+    assert done.exit_code == 0 and "paths.jsonl" in done.stdout
+    written = list(read_paths(folder / "paths.jsonl"))
+    assert [path.document for path in written] == [i for i, text in enumerate(TEXTS) for _ in range(1 + len(tokenizer.encode(text)))]
+    assert not (folder / "neighbours.jsonl").exists()
+
+
+def test_a_signal_graph_keeps_the_neighbours_of_its_texts_nodes_too(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = pathlm.build(pathlm.preset("brillm-tiny", vocab_size=300, edges=3_000, bos_token_id=0))
+    model.save_pretrained(tmp_path / "graph")
+    tokenizer.save_pretrained(tmp_path / "graph")
+    assert command("trace", tmp_path / "graph", TEXTS[0], "--keep").exit_code == 0
+    nodes = dict.fromkeys([0, *tokenizer.encode(TEXTS[0])])
+    assert [record.node for record in read_neighbours(tmp_path / "graph" / "neighbours.jsonl")] == [tokenizer.decode([n]) for n in nodes]
+
+
+def test_paths_say_which_text_they_are_of_and_older_ones_need_not():
+    path = Path("brian", "x", (Step("block:1", 1.0),), document=3)
+    assert Path.from_json(path.to_json()) == path
+    older = path.to_json().replace(', "document": 3', "")
+    assert older != path.to_json() and Path.from_json(older).document is None
+    assert "document" not in Path.from_json(older).to_json()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"family": "brian"}', "[1]", "{", '{"family": "x", "text": "y", "steps": [], "first": 1e999}', '"\xff"', "[" * 100_000],
+    ids=["a field is missing", "no object", "no JSON", "no number", "not UTF-8", "nested without end"],
+)
+def test_a_line_that_is_no_path_is_named_with_its_file(line, tmp_path):
+    file = tmp_path / "paths.jsonl"
+    file.write_bytes(one("x").to_json().encode() + b"\n\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"paths\.jsonl, line 3: "):
+        list(read_paths(file))

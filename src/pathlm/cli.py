@@ -263,6 +263,7 @@ def trace(
     budget: Budget = None,
     branches: Branches = None,
     out: Annotated[Path | None, typer.Option(help="Write the paths to this file, too, as JSON lines.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Write them into the run's folder, too.")] = False,
     mmap: Mmap = False,
     device: Device = None,
 ) -> None:
@@ -271,7 +272,7 @@ def trace(
     from pathlm.trace import run
 
     given = read_prompts(texts or (), files or (), whole=whole)
-    run(folder, given, budget=budget, branches=branches, out=out, device=device, mmap=mmap, console=Console())
+    run(folder, given, budget=budget, branches=branches, out=out, keep=keep, device=device, mmap=mmap, console=Console())
 
 
 @app.command()

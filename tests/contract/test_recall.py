@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_signal_graph import tiny
 
 from pathlm.models.brillm import recall as recall_module
 from pathlm.models.brillm import reference
-from pathlm.models.brillm.recall import Nodes, energies_at, graph_of, recall
+from pathlm.models.brillm.recall import Nodes, energies_at, graph_of, neighbours, recall
 from pathlm.models.brillm.tracing import paths
+from pathlm.path import Neighbours, read_neighbours
 
 TEXT = [1, 2, 3, 1, 1, 5, 0]
 
@@ -82,3 +85,28 @@ def test_what_does_not_exist_is_named() -> None:
         graph_of([["a", "b"]], width=3)
     with pytest.raises(ValueError, match="initial_signal has shape"):
         energies_at(model, [1], [2], initial_signal=torch.ones(3))
+
+
+def test_neighbours_are_the_edges_of_a_node_with_the_energies_of_texts_that_begin_there() -> None:
+    walks = [["a", "b", "c"], ["a", "c", "b"], ["d", "b", "b"]]
+    torch.manual_seed(0)
+    model, nodes = graph_of(walks, signal_size=8)
+    b, first = nodes.ids(["b"])[0], nodes.ids(["a"])[0]
+    found, other = neighbours(model, nodes, [b, first, b])
+    assert (found.node, found.leads, found.comes, other.node, other.comes) == ("b", 2, 4, "a", 0)
+    energies = [reference.energies(model, [node])[-1] for node in range(4)]
+    assert dict(found.leads_to) == pytest.approx({nodes.names[v]: energies[b][v].item() for v in nodes.ids(["b", "c"])})
+    assert dict(found.comes_from) == pytest.approx({name: energies[u][b].item() for u, name in enumerate(nodes.names)})
+    assert found.shared == pytest.approx(energies[b][first].item())
+    for best in (found.leads_to, found.comes_from):
+        assert [energy for _, energy in best] == sorted((energy for _, energy in best), reverse=True)
+    assert neighbours(model, nodes, [b], top_k=1)[0].comes_from == found.comes_from[:1]
+    assert Neighbours.from_json(found.to_json()) == found
+    with pytest.raises(ValueError, match="nodes=\\[9\\]"):
+        neighbours(model, nodes, [9])
+
+
+def test_a_line_that_is_no_record_of_neighbours_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "neighbours.jsonl").write_text('{"node": "a"}\n')
+    with pytest.raises(ValueError, match=r"neighbours\.jsonl, line 1: not a record of neighbours"):
+        list(read_neighbours(tmp_path / "neighbours.jsonl"))

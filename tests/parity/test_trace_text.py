@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pathlm.models.brian.tracing import BYTE_OF, _text
+from pathlm.models.tokens import BYTE_OF, token_text
 
 
 def test_bytes_of_a_character_are_escaped_and_whole_characters_are_not():
@@ -13,4 +13,4 @@ def test_bytes_of_a_character_are_escaped_and_whole_characters_are_not():
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     ids = tokenizer("a中\n", add_special_tokens=False)["input_ids"]
-    assert [_text(tokenizer, i) for i in ids] == ["a", "\\xe4", "\\xb8", "\\xad", "\n"]
+    assert [token_text(tokenizer, i) for i in ids] == ["a", "\\xe4", "\\xb8", "\\xad", "\n"]

@@ -23,8 +23,8 @@ def family(model_type: str) -> ModuleType:
     `param_groups(model, optim)`, `from_rows(config, rows)` (a fresh model for what a run reads), `start_from(folder, config)`,
     `check_start(theirs, config, origin=…)` (whether a model may begin with the weights of another configuration),
     `paths(output, tokenizer, newest=…)`, whose traces are cut (`row`) and continued (`after`), `FROM_DATA` (fields that a run's data
-    decide, besides the vocabulary) and `FRESH` (fields that say how a fresh model is made). Raises `ValueError` for a family that does
-    not exist.
+    decide, besides the vocabulary) and `FRESH` (fields that say how a fresh model is made). A graph of nodes offers
+    `neighbours(model, tokenizer, nodes)`, too. Raises `ValueError` for a family that does not exist.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: known families are {', '.join(FAMILIES)}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model
+from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model, run_folder
 from pathlm.generate import context_of, encode_prompt
-from pathlm.path import Path, write_paths
+from pathlm.models import family
+from pathlm.path import NEIGHBOURS, PATHS, Path, write_neighbours, write_paths
 from pathlm.trace import routes, signals
 from pathlm.trace.routes import COLOURS, Scale, cost, route, sentence, steps, table
-from pathlm.trace.words import label, readable
+from pathlm.words import label, readable
 
 __all__ = ["COLOURS", "Scale", "cost", "label", "readable", "route", "run", "sentence", "show", "steps", "table", "trace"]
 
@@ -26,6 +28,7 @@ def run(
     budget: float | None = None,
     branches: int | None = None,
     out: File | str | None = None,
+    keep: bool = False,
     device: str | None = None,
     mmap: bool = False,
     console: Console | None = None,
@@ -34,7 +37,8 @@ def run(
 
     A text's first path is that of the start token before it. `budget` is the share of its route steps that a routed model may take,
     `branches` the number of ways a token may take at once; its path is then the best one. With a console the paths are printed on it, a
-    line per token; `out` names a file for them, a `Path` record a line, one text after the other.
+    line per token; `out` names a file for them, a `Path` record a line, one text after the other. `keep` writes that file into the run's
+    folder, where `pathlm report` looks for it, and for a signal graph the neighbours of the texts' nodes beside it.
     `mmap` leaves the weights of a signal graph on disk.
     Raises `ValueError` for a model that tells no paths, a text longer than its context, and a budget that it was not trained for.
     """
@@ -45,19 +49,23 @@ def run(
     if tokenizer is None:
         raise ValueError(f"model folder {str(folder)!r} has no tokenizer; text cannot be turned into tokens")
     found = trace(model, tokenizer, texts, budget=budget)
-    if out is not None:
-        write_paths(out, (path for paths in found for path in paths))
+    numbered = [replace(path, document=number) for number, paths in enumerate(found) for path in paths]
+    files = [] if out is None else [File(out)]
+    files += [run_folder(folder) / PATHS] if keep else []
+    for file in files:
+        write_paths(file, numbered)
+    if keep and (package := family(model.config.model_type)) and hasattr(package, "neighbours"):
+        nodes = [node for text in texts for node in encode_prompt(tokenizer, text)]
+        write_neighbours(run_folder(folder) / NEIGHBOURS, package.neighbours(model, tokenizer, nodes))
     if console is not None:
         show(found, console)
-        if out is not None:
-            console.print(f"{sum(map(len, found)):,} paths written to {out}", style="dim", highlight=False, soft_wrap=True)
+        for file in files:
+            console.print(f"{len(numbered):,} paths written to {file}", style="dim", highlight=False, soft_wrap=True)
     return found
 
 
 def trace(model: Any, tokenizer: Any, texts: Sequence[str], *, budget: float | None = None) -> list[list[Path]]:
     """Return, per text, the path of every token, its start token first. Raises `ValueError` as `run` does."""
-    from pathlm.models import family
-
     kind = model.config.model_type
     if kind == "llama":
         raise ValueError("a Llama model tells no paths; `pathlm convert FOLDER OUT` makes a plain decoder of it, --wrap a routed one")

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pathlm.path import Path, Step
-from pathlm.trace.words import fitted, label, readable
+from pathlm.words import fitted, label, readable
 
 COLOURS = ("#8ecae6", "#b7e4c7", "#e9f5a5", "#ffe066", "#ffb870", "#ff8a80")
 """From few steps to many; dark text is readable on all of them."""

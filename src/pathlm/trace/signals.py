@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pathlm.path import Path, Step
-from pathlm.trace.words import fitted, readable
+from pathlm.words import fitted, readable
 
 SURE, CLOSE, BEATEN = "#b7e4c7", "#ffe066", "#ff8a80"
 """Colours of a node that most energy arrived at, one that shares the first place, and one that others were ahead of."""

@@ -10,15 +10,10 @@ from torch import Tensor
 
 from pathlm.models.brian.configuration import BrianConfig
 from pathlm.models.brian.pool import Records
+from pathlm.models.tokens import token_text
 from pathlm.path import Path, Step
 
 # Shapes: B rows, T tokens, S blocks on the longest path, R route steps, A = pool blocks and OUT
-
-
-# The characters that byte-level tokenizers write bytes as: printable ones as themselves, the others from 256 on.
-_PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
-"""The byte that a character of a byte-level token stands for."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Pat
     if newest is not None:
         told = told & (told.flip(1).cumsum(1).flip(1) <= newest)
     ids = trace.input_ids[told].tolist()
-    texts = {token: _text(tokenizer, token) for token in set(ids)}
+    texts = {token: token_text(tokenizer, token) for token in set(ids)}
     blocks, scores = trace.block_BTS[told].tolist(), trace.score_BTS[told].tolist()
     if trace.probability_BTRA is None:
         steps = [[Step(f"block:{b}", s) for b, s in zip(route, sure, strict=True)] for route, sure in zip(blocks, scores, strict=True)]
@@ -118,17 +113,6 @@ def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Pat
         Path("brian", texts[token], tuple(_steps(route, sure, second, chance, trace.first_route_step)), first=trace.first_route_step)
         for token, route, sure, second, chance in zip(ids, blocks, scores, seconds, chances, strict=True)
     ]
-
-
-def _text(tokenizer: Any, token: int) -> str:
-    """Return a token's text; bytes that are no whole character are written as hexadecimal escapes, so that nothing is lost."""
-    text: str = tokenizer.decode([token])
-    if "\N{REPLACEMENT CHARACTER}" not in text:
-        return text
-    symbols = tokenizer.convert_ids_to_tokens(token)
-    if not isinstance(symbols, str) or not set(symbols) <= BYTE_OF.keys():
-        return text
-    return bytes(BYTE_OF[symbol] for symbol in symbols).decode("utf-8", "backslashreplace")
 
 
 def _steps(blocks: list[int], scores: list[float], seconds: list[int], chances: list[list[float]], first: int) -> list[Step]:

@@ -18,6 +18,7 @@ _HOMES = {
     "Knobs": ("curriculum", "Knobs"),
     "curriculum": ("curriculum", "curriculum"),
     "from_rows": ("modeling", "from_rows"),
+    "neighbours": ("recall", "neighbours"),
     "open_mapped": ("mapped", "open_mapped"),
     "param_groups": ("optim", "param_groups"),
     "paths": ("tracing", "paths"),

@@ -16,11 +16,15 @@ from pathlm.models.brillm.configuration import BrillmConfig
 from pathlm.models.brillm.edges import count
 from pathlm.models.brillm.modeling import BrillmForCausalLM
 from pathlm.models.brillm.presets import FROM_DATA
+from pathlm.models.tokens import token_text
+from pathlm.path import Neighbours
 
 # Shapes: T steps, K nodes, D width of the signal
 
 AT_ONCE = 2**22
 """Numbers of edges that are read at a time."""
+NEIGHBOURS = 12
+"""Nodes on either side of a node that are named."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,50 @@ def recall(
         energy_K = energies_at(model, tokens, list(among), initial_signal=initial_signal)[-1]
     order = sorted(zip((-energy_K).tolist(), asked, strict=True))
     return [(node, -energy) for energy, node in order[:top_k]]
+
+
+@torch.no_grad()
+def neighbours(model: BrillmForCausalLM, tokenizer: Any, nodes: Sequence[int], *, top_k: int = NEIGHBOURS) -> list[Neighbours]:
+    """Return for some nodes where a signal that starts there goes, and which nodes send theirs there; each node once, in their order."""
+    edges, vocabulary = model.graph.edges, model.config.vocab_size
+    found = []
+    for node in dict.fromkeys(_checked(model, "nodes", nodes).tolist()):
+        energy_V = model(torch.tensor([[node]], device=model.device), use_cache=False).logits[0, -1]
+        target_K = edges.targets(node)
+        rest_V = torch.ones_like(energy_V, dtype=torch.bool).index_fill_(0, target_K, False)
+        source_K = edges.key_E[edges.key_E % vocabulary == node] // vocabulary
+        arriving_K = _arriving(model, source_K, node)
+        found.append(
+            Neighbours(
+                token_text(tokenizer, node),
+                _named(tokenizer, target_K, energy_V[target_K], top_k),
+                _named(tokenizer, source_K, arriving_K, top_k),
+                len(target_K),
+                len(source_K),
+                float(energy_V[rest_V][0]) if bool(rest_V.any()) else None,
+            )
+        )
+    return found
+
+
+def _arriving(model: BrillmForCausalLM, source_K: Tensor, node: int) -> Tensor:
+    """Return the energy at a node of signals that start at each of some others."""
+    size = max(1, AT_ONCE // model.config.signal_size**2)
+    found = [torch.zeros(0, device=model.device)]
+    for part in source_K.split(size) if len(source_K) else ():
+        signal_KD, place_KD = (of[:, 0] for of in model.signals(part[:, None]))
+        row_K = model.graph.edges.lookup(part, torch.full_like(part, node))
+        z_KD = torch.einsum("koi,ki->ko", model.graph.weight[row_K], signal_KD) + model.graph.bias[row_K] + place_KD
+        found.append(torch.linalg.vector_norm(torch.nn.functional.gelu(z_KD), dim=-1))
+    return torch.cat(found)
+
+
+def _named(tokenizer: Any, node_K: Tensor, energy_K: Tensor, many: int) -> tuple[tuple[str, float], ...]:
+    """Return the nodes of most energy by name, best first and ties by number."""
+    best = energy_K.sort(descending=True, stable=True)
+    return tuple(
+        (token_text(tokenizer, node), energy) for node, energy in zip(node_K[best.indices[:many]].tolist(), best.values[:many].tolist())
+    )
 
 
 def _checked(model: BrillmForCausalLM, name: str, ids: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from pathlm.models.brillm import wirings
 from pathlm.models.brillm.edges import SHARED
 from pathlm.models.brillm.graph import Graph
 from pathlm.models.brillm.positions import Places
+from pathlm.models.tokens import token_text
 from pathlm.path import Path, Step
 
 # Shapes: B rows, T tokens, K nodes that are compared, P parts of a signal, V nodes, D width of the signal,
@@ -193,7 +194,7 @@ def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Pat
 
     def name(node: int) -> str:
         if node not in names:
-            names[node] = tokenizer.decode([node])
+            names[node] = token_text(tokenizer, node)
         return names[node]
 
     found = []

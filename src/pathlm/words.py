@@ -1,4 +1,4 @@
-"""Texts and names of nodes as a terminal can show them."""
+"""Texts and names of nodes as a terminal or a page can show them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def label(node: str) -> str:
     return readable(node)
 
 
-def readable(text: str) -> str:
-    """Return a text that does nothing to a terminal: control characters, line ends and invisible ones are shown as signs.
-
-    Right-to-left text is closed by a mark, so that what stands behind it stays in its place.
-    """
+def visible(text: str) -> str:
+    """Return a text that does nothing but to be read: control characters, line ends and invisible ones are shown as signs."""
     shown = "".join(_MARKS.get(c) or (c if _is_visible(c) else f"\\u{{{ord(c):x}}}") for c in text)
-    if shown and unicodedata.combining(shown[0]):
-        shown = "◌" + shown
+    return "◌" + shown if shown and unicodedata.combining(shown[0]) else shown
+
+
+def readable(text: str) -> str:
+    """Return a `visible` text for a terminal: where it runs from right to left, a mark keeps what stands behind it in its place."""
+    shown = visible(text)
     return shown + "\u200e" if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in shown) else shown
 
 
