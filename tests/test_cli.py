@@ -74,6 +74,7 @@ def test_commands_and_their_options_stay_as_published():
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
         "trace": "folder texts files whole budget branches out keep mmap device",
         "serve": "folders host port api_key_file rows queue max_prompt_tokens max_new_tokens max_seconds grace mmap device",
+        "report": "folders out",
         "presets": "",
         "convert": "places to wrap_as tokenizer overrides",
         "bench": "name arguments",
@@ -83,7 +84,7 @@ def test_commands_and_their_options_stay_as_published():
 
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
-    from pathlm import bench, config, demo, evaluate, experiment, generate, serve, trace, train
+    from pathlm import bench, config, demo, evaluate, experiment, generate, report, serve, trace, train
     from pathlm.evaluate import gates, harness, lineup, long_context, routing
     from pathlm.models import convert
     from pathlm.text import prepare
@@ -101,6 +102,7 @@ def twins(command):
         "convert": (convert.convert,),
         "bench": (bench.bench,),
         "demo": (demo.demo,),
+        "report": (report.report,),
         "presets": (),
     }[command]
     found = {}

@@ -263,7 +263,7 @@ def trace(
     budget: Budget = None,
     branches: Branches = None,
     out: Annotated[Path | None, typer.Option(help="Write the paths to this file, too, as JSON lines.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Write them into the run's folder, too.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Write them into the run's folder, too, for `pathlm report`.")] = False,
     mmap: Mmap = False,
     device: Device = None,
 ) -> None:
@@ -298,6 +298,21 @@ def serve(
         rows=rows, queue=queue, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_seconds=max_seconds, grace=grace
     )
     body(folders, host=host, port=port, api_key_file=api_key_file, limits=limits, device=device, mmap=mmap, console=Console())
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page.  \\[default: report.html in the run's folder; of several runs, here]")] = None,
+) -> None:
+    """Make one page of what runs wrote: training, routes or signals, and sentences to click through. It needs no network."""
+    from pathlm.report import report as body
+
+    console = Console()
+    found = body(folders, out=out)
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {found.file} ({found.bytes / 1e6:.2f} MB)", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("presets")
