@@ -9,15 +9,14 @@ for seed in ${SEEDS:-0 1 2}; do
   on="--set seed=$seed --set init=runs/routed-joint/routed-$seed --set steps=600 --set optim.lr=1e-3"
   $train $on --set name=rows-$seed --set curriculum=stage-4 $knobs
   $train $on --set name=mixed-$seed --set curriculum=stage-5 $knobs --set model.memory=local+canonical --set model.local_window=16
+  $train $on --set name=codes-$seed --set curriculum=stage-5 $knobs --set model.memory=local+canonical  # rows fade until only codes are left
 done
-# Rows that fade until only codes are left; and from nothing, 1,000 steps of the fixed route, so that the price of memory is not that of routing.
-$train --set seed=0 --set init=runs/routed-joint/routed-0 --set steps=600 --set optim.lr=1e-3 --set name=codes-0 --set curriculum=stage-5 $knobs \
-  --set model.memory=local+canonical
+# From nothing, 1,000 steps of the fixed route, so that the price of memory is not that of routing.
 fixed="--set seed=0 --set steps=1000 --set curriculum=fixed --set model.left_rows=kept"
 $train $fixed --set name=fixed-rows-0
-$train $fixed --set name=fixed-codes-0 --set model.memory=canonical --set model.code_adapter=block
-$train $fixed --set name=fixed-mixed-0 --set model.memory=local+canonical --set model.local_window=16 --set model.code_adapter=block
-$train $fixed --set name=fixed-codes2-0 --set model.memory=canonical --set model.code_adapter=block --set model.pre_blocks=2 --set model.pool_blocks=3 \
+$train $fixed --set name=fixed-codes-0 --set model.memory=canonical
+$train $fixed --set name=fixed-mixed-0 --set model.memory=local+canonical --set model.local_window=16
+$train $fixed --set name=fixed-codes2-0 --set model.memory=canonical --set model.pre_blocks=2 --set model.pool_blocks=3 \
   --set model.max_route_steps=3
 for run in runs/canonical-memory/*; do
   pathlm eval "$run" --split test --max-tokens 30000 --order 0
