@@ -8,16 +8,16 @@ from itertools import pairwise
 from pathlib import Path as File
 
 import pytest
-from page_reading import parsed
-from report_folders import SENTENCE, lines, plain_run, routed_path, routed_run, signal_path, signal_run, write
 from typer.testing import CliRunner
 
+from page_reading import parsed
 from pathlm.cli import app
 from pathlm.path import Path, Step, write_paths
 from pathlm.report import pool, report
 from pathlm.report.charts import Line
 from pathlm.report.charts import lines as chart
 from pathlm.report.svg import Scale, fit
+from report_folders import SENTENCE, lines, plain_run, routed_path, routed_run, signal_path, signal_run, write
 
 ROOT = File(__file__).parents[2]
 HOSTILE = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\u202eright to left", "שלום", "a\u2028b", "\x00"]

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pathlm.report import compare, passages, routes, signals, training
-from pathlm.report.figure import Chapter, Missing, Section, told
+from pathlm.report.figure import Chapter, Missing, Section, number, told
 from pathlm.report.read import Run, read
 from pathlm.words import visible
 
@@ -130,6 +130,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             facts.append(("blocks", f"{size[0]} before, {size[1]} in the pool, {size[2]} after" if size[1] else f"{size[0]}, no pool"))
     if run.family == "brillm" and isinstance(run.model.get("vocab_size"), int):
         facts.append(("nodes", told(run.model["vocab_size"], 0)))
+    if number(run.record.get("parameters")) is not None:
+        facts.append(("parameters", told(run.record["parameters"], 0)))
     facts += [(name, value) for name, value in compare.ends(run) if value != "–" and name != "tokens/s"]
     if run.record.get("started"):
         facts.append(("started", str(run.record["started"])[:16].replace("T", " ")))

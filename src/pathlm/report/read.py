@@ -28,6 +28,8 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    """What `pathlm gates` said last"""
     evaluations: dict[str, Any] = field(default_factory=dict)
     routes: dict[str, Any] = field(default_factory=dict)
     texts: list[list[Path]] = field(default_factory=list)
@@ -85,19 +87,13 @@ def read(folder: File | str) -> Run:
         run.record = _object(place / "run.json")
     if (place / "metrics.jsonl").is_file():
         run.metrics = list(_rows(place / "metrics.jsonl", torn=True))
-    run.gates = run_gates(run)
+    run.gates = _optional(run, "gates.jsonl", lambda file: list(_rows(file, torn=True))) or []
+    run.judged = _optional(run, "gates.json", lambda file: [_mapping(row) for row in _object(file)["rows"]]) or []
     run.evaluations = _optional(run, "eval.json", _object) or {}
     run.routes = _optional(run, "routes.json", _object) or {}
     _optional(run, PATHS, lambda file: _take_paths(run, read_paths(file)))
     run.neighbours = _optional(run, NEIGHBOURS, lambda file: list(read_neighbours(file))) or []
     return run
-
-
-def run_gates(run: Run) -> list[dict[str, Any]]:
-    """Return what gates said: at the ends of stages while the run trained, then what `pathlm gates` said last."""
-    trained = _optional(run, "gates.jsonl", lambda file: list(_rows(file, torn=True))) or []
-    said = _optional(run, "gates.json", lambda file: [_mapping(row) for row in _object(file)["rows"]]) or []
-    return [row | {"source": "training"} for row in trained] + [{"source": "pathlm gates"} | row for row in said]
 
 
 def _take_paths(run: Run, paths: Iterable[Path]) -> None:

@@ -123,7 +123,7 @@ def _shares(path: Path, number: int) -> Figure:
     def draw(width: float) -> Drawing:
         narrow, height = width == NARROW, 22.0
         left, top = min(18 + max((breadth(shown(step.node)) for _, step in steps), default=0.0), 76.0 if narrow else 150.0), 76.0
-        pitch = min((width - left - 4) / max(len(names), 1), 44.0)
+        pitch = min((width - left - 34) / max(len(names), 1), 44.0)
         drawing = Drawing(width, top + height * len(steps) + 8, label)
         for j, name in enumerate(names):
             x = left + pitch * (j + 0.6)

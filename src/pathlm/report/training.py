@@ -34,7 +34,8 @@ def section(run: Run) -> tuple[Section | None, list[Missing]]:
         )
         if figure is not None
     ]
-    tables = [_gates(run)] if run.gates else []
+    tables = [_gates(run.gates, "Gates, judged at the end of each stage")] if run.gates else []
+    tables += [_gates(run.judged, "What pathlm gates said last, from everything that was recorded")] if run.judged else []
     lead = "How the run learned. Shaded parts are the stages of its curriculum"
     lead += ", signs at the upper border what its gates said." if run.gates else "." if len(_bands(run)) > 1 else ""
     if len(_bands(run)) < 2 and not run.gates:
@@ -178,7 +179,7 @@ def _signs(run: Run) -> list[tuple[str, str]]:
     return [(f"sign {kind}", names[kind]) for kind in dict.fromkeys(mark.kind for mark in _marks(run))]
 
 
-def _gates(run: Run) -> Table:
+def _gates(gates: Sequence[dict[str, Any]], caption: str) -> Table:
     def tell(value: Any) -> str:
         return "–" if (found := number(value)) is None else f"{found:.4g}"
 
@@ -190,8 +191,7 @@ def _gates(run: Run) -> Table:
             f"{SIGNS.get(str(row.get('comparison')), row.get('comparison', ''))} {tell(row.get('bound'))}",
             str(row.get("stage", "")),
             str(row.get("metric", "")),
-            str(row.get("source", "")),
         )
-        for row in run.gates
+        for row in gates
     ]
-    return table(("what had to hold", "verdict", "value", "must be", "stage", "metric", "said by"), rows, "Gates")
+    return table(("what must hold", "verdict", "value", "must be", "stage", "metric"), rows, caption)

@@ -97,7 +97,7 @@
       it.setAttribute("role", "button");
       it.setAttribute("aria-label", it.dataset.said);
       it.setAttribute("aria-pressed", "false");
-      it.tabIndex = tokens.length ? -1 : 0;
+      it.tabIndex = -1;
       tokens.push(it);
     }));
     // The first sentence's deepest or hardest token is shown at once, so that the panel explains itself.
