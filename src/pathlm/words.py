@@ -36,10 +36,14 @@ def _is_visible(c: str) -> bool:
     return c == " " or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
+def dotted(text: str) -> str:
+    """Return a text with its spaces at both ends as dots, which can be seen."""
+    inner = text.strip(" ")
+    begun = len(text) - len(text.lstrip(" "))
+    return "·" * begun + inner + "·" * (len(text) - begun - len(inner))
+
+
 def fitted(text: str, cells: int = TOKEN) -> str:
     """Return a readable text of at most so many cells, with its spaces shown at both ends."""
-    shown = readable(text)
-    inner = shown.strip(" ")
-    begun = len(shown) - len(shown.lstrip(" "))
-    shown = "·" * begun + inner + "·" * (len(shown) - begun - len(inner))
+    shown = dotted(readable(text))
     return shown if cell_len(shown) <= cells else set_cell_size(shown, cells - 1) + "…"

@@ -29,18 +29,18 @@ def test_a_click_on_a_token_shows_its_path_and_what_almost_happened(page, routed
     page.goto(routed)
     panel = page.locator(".panel")
     page.locator(".token", has_text="not").click()
-    assert panel.locator(".summary").inner_text() == "“ not” 1 route step, 3 blocks run, path probability 0.375"
+    assert panel.locator(".summary").inner_text() == "“·not” 1 route step, 3 blocks run, path probability 0.375"
     assert panel.locator(".way li").all_inner_texts() == ["B1", "B2", "OUT", "B5"]
     assert rows(panel) == [["1", "B2", "0.75", "B2 0.13OUT 0.13"], ["2", "OUT", "0.50", "B3 0.50"]]
     page.locator(".token", has_text="<b>we").click()
-    assert panel.locator(".summary").inner_text().startswith("“ <b>we</b>” 3 route steps"), "text of a model is never markup"
+    assert panel.locator(".summary").inner_text().startswith("“·<b>we</b>” 3 route steps"), "text of a model is never markup"
     sentence = panel.locator("xpath=preceding-sibling::p[1]")
     assert sentence.inner_text().startswith("<|endoftext|>Yes"), "the panel stands below the sentence"
 
 
 def test_a_chosen_token_is_there_from_the_start(page, routed):
     page.goto(routed)
-    assert page.locator(".panel .summary").inner_text().startswith("“ will” 3 route steps")
+    assert page.locator(".panel .summary").inner_text().startswith("“·will” 3 route steps")
     assert page.locator('.token[aria-pressed="true"]').all_inner_texts() == [" will"]
 
 
@@ -57,7 +57,7 @@ def test_the_keyboard_goes_from_token_to_token(page, routed):
     assert first.evaluate("it => it === document.activeElement") and "endoftext" in summary.inner_text()
     for key, said in (
         ("ArrowRight", "“We”"),
-        ("ArrowRight", "“ will”"),
+        ("ArrowRight", "“·will”"),
         ("ArrowLeft", "“We”"),
         ("ArrowDown", "“<|endoftext|>”"),
         ("End", "\\u{202e}"),
@@ -105,6 +105,33 @@ def test_nothing_is_fetched_and_nothing_is_wider_than_the_window(new_page, reque
            .filter(it => parseFloat(getComputedStyle(it).fontSize) * Math.hypot(it.getCTM().a, it.getCTM().b) < 9).length"""
     )
     assert small == 0, "letters of pictures can be read"
+
+
+def test_a_hostile_trace_neither_acts_nor_breaks_the_page(new_page, tmp_path):
+    hostile = [
+        "<script>alert(1)</script>",
+        "</script><img src=x onerror=alert(1)>",
+        "\u202eback",
+        "שלום",
+        "\u2028",
+        "\x00",
+        "x" * 100_000,
+        "春" * 5_000,
+    ]
+    page = new_page(viewport={"width": 360, "height": 700})
+    page.on("dialog", lambda it: pytest.fail(it.message))
+    page.goto(report(routed_run(tmp_path / "run", texts=(hostile,))).file.resolve().as_uri())
+    for place, text in enumerate(hostile):
+        page.locator(".token").nth(place).click()
+        assert (
+            text[:5].replace("\u202e", "\\u{202e}").replace("\u2028", "\\u{2028}").replace("\x00", "␀")[:5]
+            in page.locator(".panel .summary").inner_text()
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("img").count() == 0 and page.locator(".sentence").bounding_box()["height"] < 600
+    page.goto(report(signal_run(tmp_path / "signal", tokens=hostile)).file.resolve().as_uri())
+    page.locator(".token").nth(6).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 def test_the_page_is_dark_where_the_system_is_and_the_switch_changes_it(new_page, routed):

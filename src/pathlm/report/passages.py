@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pathlm.path import Path, Step
 from pathlm.report.figure import Section, Table, signed, table, told
 from pathlm.report.read import Run
-from pathlm.words import label, visible
+from pathlm.words import dotted, label, visible
 
 LONGEST = 60
 """Characters of a token that are shown at most."""
@@ -66,6 +66,11 @@ def shown(text: str) -> str:
     return cut if len(text) <= LONGEST else f"{visible(text[:LONGEST])}… ({len(text):,} characters)"
 
 
+def named(text: str) -> str:
+    """Return a token's text as a name, outside of its sentence: spaces at its ends are dots."""
+    return dotted(shown(text))
+
+
 def as_json(value: Any) -> Markup:
     """Return JSON that can stand inside a script element: only ASCII, and nothing that could end the element."""
     return Markup(json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_OUTSIDE))
@@ -107,23 +112,23 @@ def _row(path: Path) -> tuple[str, ...]:
     route = " → ".join(label(step.node) for step in path.steps)
     chance = math.prod(step.score for step in path.steps)
     almost = f"{label(node)} {told(score, 2)}" if node else "–"
-    return shown(path.text), str(len(path.route)), str(path.evaluations), route, told(chance), almost
+    return named(path.text), str(len(path.route)), str(path.evaluations), route, told(chance), almost
 
 
 def _routed(path: Path) -> dict[str, Any]:
     """Return a token's path for the script; the steps that nobody chose are told apart by their place."""
     chosen = len(path.route) + (path.first + len(path.route) < len(path.steps))
     return {
-        "t": shown(path.text),
+        "t": named(path.text),
         "first": path.first,
         "chosen": chosen,
         "blocks": path.evaluations,
-        "steps": [[shown(label(step.node)), _number(step.score), _rivals(step)] for step in path.steps],
+        "steps": [[named(label(step.node)), _number(step.score), _rivals(step)] for step in path.steps],
     }
 
 
 def _rivals(step: Step) -> list[list[Any]]:
-    return [[shown(label(name)), _number(score)] for name, score in step.rivals[:RIVALS]]
+    return [[named(label(name)), _number(score)] for name, score in step.rivals[:RIVALS]]
 
 
 def _number(value: float) -> float | None:
@@ -167,14 +172,14 @@ def _node(step: Step, place: int) -> Token:
 
 def _signal_row(step: Step, place: int) -> tuple[str, ...]:
     name, energy = step.rivals[0] if step.rivals else ("–", None)
-    return str(place), shown(step.node), told(step.score) if place else "–", signed(step.margin, 3), shown(name), told(energy)
+    return str(place), named(step.node), told(step.score) if place else "–", signed(step.margin, 3), named(name), told(energy)
 
 
 def _signal(step: Step, path: Path) -> dict[str, Any]:
     return {
-        "t": shown(step.node),
+        "t": named(step.node),
         "e": _number(step.score),
-        "rivals": [[shown(name), _number(energy)] for name, energy in step.rivals],
+        "rivals": [[named(name), _number(energy)] for name, energy in step.rivals],
         "parts": [[source(name, path), _number(value)] for name, value in step.parts],
         "theirs": [[_number(value) for value in values] for values in step.rival_parts],
     }
@@ -186,5 +191,5 @@ def source(name: str, path: Path) -> str:
     if name.startswith("step:") and name.removeprefix("step:").isdecimal():
         place = int(name.removeprefix("step:"))
     if place is None or place >= len(path.steps):
-        return {"bias": "the edge's own", "position": "the position", "earlier": "all before"}.get(name, shown(name))
-    return f"{shown(path.steps[place].node)} ({place})"
+        return {"bias": "the edge's own", "position": "the position", "earlier": "all before"}.get(name, named(name))
+    return f"{named(path.steps[place].node)} ({place})"

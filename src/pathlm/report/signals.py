@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pathlm.path import Neighbours, Path
 from pathlm.report.figure import Figure, Missing, Section, percent, table, told
-from pathlm.report.passages import shown, source, state
+from pathlm.report.passages import named, source, state
 from pathlm.report.read import Run
 from pathlm.report.svg import NARROW, Drawing, Scale, both, breadth, fit
 
@@ -56,8 +56,8 @@ def _energies(path: Path, number: int) -> Figure:
     """Return energies of a sentence's nodes beside that of their best rival, a line per step."""
     steps = list(enumerate(path.steps))[1 : STEPS + 1]
     numbers = [energy for _, step in steps for energy in (step.score, *(score for _, score in step.rivals[:1])) if math.isfinite(energy)]
-    names = 18 + max((breadth(shown(step.node)) for _, step in steps), default=0.0)
-    others = 22 + max((breadth(shown(step.rivals[0][0])) for _, step in steps if step.rivals), default=0.0)
+    names = 18 + max((breadth(named(step.node)) for _, step in steps), default=0.0)
+    others = 22 + max((breadth(named(step.rivals[0][0])) for _, step in steps if step.rivals), default=0.0)
     won = sum(state(step) == "sure" for _, step in steps)
     label = f"Energies of {len(steps)} steps beside their best rival; at {won} of them most energy arrived at the node that the text took."
 
@@ -72,13 +72,13 @@ def _energies(path: Path, number: int) -> Figure:
             drawing.text(scale.at(tick), bottom + 16, scale.told(tick), anchor="middle")
         for i, (place, step) in enumerate(steps):
             y, kind = top + pitch * (i + 0.5), state(step)
-            drawing.text(left - 10, y + 4, fit(shown(step.node), left - 16), anchor="end")
+            drawing.text(left - 10, y + 4, fit(named(step.node), left - 16), anchor="end")
             if step.rivals and math.isfinite(step.rivals[0][1]):
                 name, energy = step.rivals[0]
                 drawing.line([(scale.at(step.score), y), (scale.at(energy), y)], f"whisker {kind}")
-                hint = f"best rival {shown(name)}: {energy:.3f}"
+                hint = f"best rival {named(name)}: {energy:.3f}"
                 drawing.add("circle", hint=hint, cx=scale.at(energy), cy=y, r=4.5, class_="dot rival")
-                drawing.text(right + 12, y + 4, fit(shown(name), width - right - 14), kind="faint")
+                drawing.text(right + 12, y + 4, fit(named(name), width - right - 14), kind="faint")
             drawing.add("circle", hint=f"step {place}: {step.score:.3f}", cx=scale.at(step.score), cy=y, r=5.0, class_=f"dot {kind}")
         drawing.text((left + right) / 2, bottom + 36, "energy", anchor="middle", kind="faint")
         return drawing
@@ -92,9 +92,9 @@ def _energies(path: Path, number: int) -> Figure:
     rows = [
         (
             str(place),
-            shown(step.node),
+            named(step.node),
             told(step.score),
-            "; ".join(f"{shown(name)} {told(energy)}" for name, energy in step.rivals[:5]) or "–",
+            "; ".join(f"{named(name)} {told(energy)}" for name, energy in step.rivals[:5]) or "–",
         )
         for place, step in enumerate(path.steps)
         if place
@@ -122,7 +122,7 @@ def _shares(path: Path, number: int) -> Figure:
 
     def draw(width: float) -> Drawing:
         narrow, height = width == NARROW, 22.0
-        left, top = min(18 + max((breadth(shown(step.node)) for _, step in steps), default=0.0), 76.0 if narrow else 150.0), 76.0
+        left, top = min(18 + max((breadth(named(step.node)) for _, step in steps), default=0.0), 76.0 if narrow else 150.0), 76.0
         pitch = min((width - left - 34) / max(len(names), 1), 44.0)
         drawing = Drawing(width, top + height * len(steps) + 8, label)
         for j, name in enumerate(names):
@@ -130,12 +130,12 @@ def _shares(path: Path, number: int) -> Figure:
             drawing.text(x, top - 8, fit(_column(name, path), 84.0), transform=f"rotate(-58 {x:.1f} {top - 8:.1f})")
         for i, (place, step) in enumerate(steps):
             y = top + height * i
-            drawing.text(left - 10, y + 15, fit(shown(step.node), left - 16), anchor="end")
+            drawing.text(left - 10, y + 15, fit(named(step.node), left - 16), anchor="end")
             for j, name in enumerate(names):
                 if (share := shares.get((place, name))) is None:
                     continue
                 x, sign = left + pitch * j, "less" if share < 0 else "more"
-                hint = f"{shown(step.node)} ({place}), from {source(name, path)}: {percent(share)}"
+                hint = f"{named(step.node)} ({place}), from {source(name, path)}: {percent(share)}"
                 drawing.cell(x, y, pitch, height, 0.06 + abs(share), kind=f"share {sign}", hint=hint)
                 if pitch >= 30 and abs(share) >= 0.01:
                     drawing.text(
@@ -153,7 +153,7 @@ def _shares(path: Path, number: int) -> Figure:
     rows = [
         (
             str(place),
-            shown(step.node),
+            named(step.node),
             "; ".join(f"{source(name, path)} {percent(value / step.score)}" for name, value in step.parts) or "–",
         )
         for place, step in enumerate(path.steps)
@@ -188,15 +188,15 @@ def _neighbourhood(record: Neighbours) -> Figure:
     before, after = record.comes_from[:EITHER_SIDE], record.leads_to[:EITHER_SIDE]
     most = max((energy for _, energy in (*before, *after)), default=1.0) or 1.0
     least = min((energy for _, energy in (*before, *after)), default=0.0)
-    name = shown(record.node)
+    name = named(record.node)
     label = f"The node {name}: {record.comes:,} nodes lead to it, it leads to {record.leads:,}."
-    label += f" Most energy arrives at {shown(after[0][0])}." if after else ""
+    label += f" Most energy arrives at {named(after[0][0])}." if after else ""
 
     def draw(width: float) -> Drawing:
         pitch, top = 26.0, 30.0
         height = top + pitch * max(len(before), len(after), 1) + 6
         drawing, middle = Drawing(width, height, label), ((width / 2), top + (height - top - 6) / 2)
-        reach = 104.0 if width == NARROW else 190.0
+        reach = 84.0 if width == NARROW else 190.0
         drawing.text(middle[0] - reach, 14.0, f"from {record.comes:,} node{'s' * (record.comes != 1)}", anchor="middle", kind="faint")
         drawing.text(middle[0] + reach, 14.0, f"to {record.leads:,} node{'s' * (record.leads != 1)}", anchor="middle", kind="faint")
         for side, given in ((-1, before), (1, after)):
@@ -205,10 +205,10 @@ def _neighbourhood(record: Neighbours) -> Figure:
                 bend = middle[0] + side * reach * 0.5
                 share = (energy - least) / (most - least) if most > least else 1.0
                 d = f"M{middle[0]:.1f} {middle[1]:.1f}C{bend:.1f} {middle[1]:.1f} {bend:.1f} {y:.1f} {x:.1f} {y:.1f}"
-                drawing.add("path", hint=f"{shown(other)}: {energy:.3f}", d=d, class_="edge advance" if side > 0 else "edge skip",
+                drawing.add("path", hint=f"{named(other)}: {energy:.3f}", d=d, class_="edge advance" if side > 0 else "edge skip",
                             stroke_width=1 + 6 * share)  # fmt: skip
                 anchor = "start" if side > 0 else "end"
-                text = f"{fit(shown(other), 52.0 if width == NARROW else 110.0)} {energy:.1f}"
+                text = f"{fit(named(other), 44.0 if width == NARROW else 110.0)} {energy:.1f}"
                 drawing.text(x + side * 5, y + 4, text, anchor=anchor)
         half = max(24.0, min(len(name), 12) * 4.2 + 10)
         drawing.add("rect", x=middle[0] - half, y=middle[1] - 14, width=2 * half, height=28.0, rx=14.0, class_="place")
@@ -218,7 +218,7 @@ def _neighbourhood(record: Neighbours) -> Figure:
     others = (
         "" if record.shared is None else f" All nodes without an edge of their own from {name} share one energy, {told(record.shared)}."
     )
-    caption = f"Most energy goes from {name} to the right, and comes to it from the left; the numbers are energies.{others}"
-    rows = [(f"→ {shown(other)}", told(energy)) for other, energy in record.leads_to]
-    rows += [(f"{shown(other)} →", told(energy)) for other, energy in record.comes_from]
+    caption = f"Numbers are energies; the first {EITHER_SIDE} on each side are drawn.{others}"
+    rows = [(f"→ {named(other)}", told(energy)) for other, energy in record.leads_to]
+    rows += [(f"{named(other)} →", told(energy)) for other, energy in record.comes_from]
     return Figure(f"“{name}”", both(draw), caption, table(("edge", "energy"), rows, f"Neighbours of {name}"))
