@@ -91,7 +91,8 @@ def test_numbers_of_the_tables_are_those_of_the_files(pages):
     assert [cell.text for cell in last.all("td")] == ["exit", "2.0750", "2.1750"]
     correlations = next(table for table in pages["routed"].all("table") if table.one("caption").text.startswith("Correlations"))
     assert "Spearman, with the measured gain0.3000.2800.320" in correlations.text
-    assert "✗ failed" in pages["routed"].text and "○ not measured" in pages["routed"].text
+    verdicts = pages["routed"].text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "✗ failed" in verdicts and "○ not measured" in verdicts
 
 
 def test_without_a_map_transitions_are_counted_over_the_traced_sentences_and_it_says_so(tmp_path):
@@ -324,6 +325,19 @@ def test_numbers_that_are_none_are_dashes(tmp_path):
     assert report(run).notes == ()
     page = parsed((run / "report.html").read_bytes())
     assert json.loads(page.one("script", type="application/json").text)[0][0]["steps"][1] == ["B2", None, [["B2", None]]]
+
+
+def test_correlations_that_are_not_defined_are_said_to_be_so(tmp_path):
+    run = routed_run(tmp_path / "run")
+    found = json.loads((run / "routes.json").read_text())
+    nothing = {"value": None, "low": None, "high": None}
+    entry = found["validation"] | {"difficulty": None, "slices": {"class": [{"label": "digit", "tokens": 0, "steps_mean": None}]}}
+    entry["gain"]["correlations"] = dict.fromkeys(entry["gain"]["correlations"], nothing)
+    write(run / "routes.json", {"validation": entry})
+    written = report(run)
+    figure = next(it for it in parsed(written.file.read_bytes()).all("figure") if it.one("h3").text == "Depth against difficulty")
+    assert written.notes == () and "Not defined for these numbers." in figure.text
+    assert [cell.text for cell in next(iter(figure.one("tbody").all("tr"))).all("td")] == ["–", "–", "–"]
 
 
 def test_a_page_is_replaced_and_nothing_else_is(tmp_path):

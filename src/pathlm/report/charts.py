@@ -72,7 +72,7 @@ def lines(
         drawing, top, bottom, left = Drawing(width, 274.0, label), 36.0, 232.0, 50.0
         right = width - 14.0
         horizontal = Scale(min(xs), max(xs), left, right, ticks=4 if width == NARROW else 7)
-        vertical = Scale(low, high, bottom, top)
+        vertical = Scale(low, high, bottom, top + (18 if bands else 0))  # stages have their names above the lines
         for i, band in enumerate(bands):
             begin, end = horizontal.at(band.start), horizontal.at(band.end)
             drawing.add("rect", hint=band.name, x=begin, y=top, width=max(end - begin, 0.0), height=bottom - top, class_=f"band b{i % 2}")
@@ -157,6 +157,12 @@ def columns(given: Sequence[tuple[str, float]], *, label: str, across: str, up: 
     return both(draw)
 
 
+def _nothing(width: float, label: str) -> Drawing:
+    drawing = Drawing(width, 40.0, label)
+    drawing.text(12.0, 24.0, "Not defined for these numbers.", kind="faint")
+    return drawing
+
+
 @dataclass(frozen=True)
 class Dot:
     """A row of a chart of dots: a name, a number, and the interval around it where there is one."""
@@ -174,6 +180,8 @@ def dots(given: Sequence[Dot], *, label: str, across: str, zero: bool = False) -
 
     Neighbours of the same name stand below it together.
     """
+    if not given:
+        return both(lambda width: _nothing(width, label))
     ends = [number for dot in given for number in (dot.value, dot.low, dot.high) if number is not None] + ([0.0] if zero else [])
     low, high = _room(ends)
     names, numbers = min(max(breadth(dot.name) for dot in given), 230.0), max(breadth(dot.told) for dot in given)

@@ -49,9 +49,9 @@ def graph(nodes: Sequence[str], counts: Sequence[Sequence[float]], *, source: st
         f" {len(taken) - len(shown)} lines below {percent(RARE)} of all transitions are left out here." if len(taken) > len(shown) else ""
     )
     caption = (
-        "Tokens enter the pool at IN and leave it at OUT. A line is as wide as it is travelled: lines inside the arc lead forward, those "
-        "outside "
-        f"lead back or to the same block again. A block is the darker, the more visits it gets.{left_out} Counted over {source}."
+        "Tokens enter the pool at IN and leave it at OUT. A line is as wide as it is travelled: lines inside the arc lead forward, "
+        f"those outside lead back or to the same block again. A block is the darker, the more visits it gets.{left_out} Counted over "
+        f"{source}."
     )
     rows = [(f"{nodes[u]} → {nodes[v]}", KINDS[kind(u, v, len(nodes))], f"{many:,.0f}", percent(many / total)) for many, u, v in taken]
     numbers = table(("transition", "kind", "times", "share"), rows, "Transitions, the most frequent first")

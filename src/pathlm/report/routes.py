@@ -198,15 +198,13 @@ def _correlations(entry: dict[str, Any], split: str) -> Figure:
     told_first = _signed(*(number(first.get(key)) for key in ("value", "low", "high")))
     caption = (
         "The correlation of a token's route steps with what is gained by depth there (its loss if all leave as early as they may, minus "
-        "that at "
-        "full depth)"
+        "that at full depth)"
     )
     caption += ", and with how hard the place is for a model that knows nothing of routes" if "loss" in groups else ""
     caption += (
         ". Right of zero: deeper where there is more of it. Lines are 95 % intervals over documents drawn anew. A place can be hard and "
-        "have nothing "
-        "to gain, so the two need not agree. (1): the token's frequency and position held fixed; (2): the frequency of the token that "
-        "follows, too."
+        "have nothing to gain, so the two need not agree. (1): the token's frequency and position held fixed; (2): the frequency of the "
+        "token that follows, too."
     )
     label = f"Correlations of depth; Spearman with the measured gain {told_first}."
     picture = dots(given, label=label, across="correlation", zero=True)
@@ -219,7 +217,7 @@ def _signed(value: float | None, low: float | None, high: float | None) -> str:
 
 
 SLICES = {
-    "difficulty": ("Depth by difficulty", "tenths of all places, the easiest first", "A tenth of all places each, the easiest left."),
+    "difficulty": ("Depth by difficulty", "tenths of all places, the easiest first", "A tenth of all places each, the easiest first."),
     "frequency": (
         "Depth by frequency",
         "tenths by how frequent the token is",
@@ -232,14 +230,20 @@ SLICES = {
 
 def _slices(entry: dict[str, Any], split: str) -> list[Figure]:
     """Return depth by kinds of tokens, for the kinds that were measured."""
-    return [_slice(entry["slices"][name], *told_as, split) for name, told_as in SLICES.items() if (entry.get("slices") or {}).get(name)]
+    found = entry.get("slices") or {}
+    whose = f" Difficulty is the loss of {entry['difficulty_of']}." if entry.get("difficulty_of") else ""
+    return [
+        _slice(found[name], title, across, caption + (whose if name == "difficulty" else ""), split)
+        for name, (title, across, caption) in SLICES.items()
+        if found.get(name)
+    ]
 
 
 def _slice(rows: Sequence[dict[str, Any]], title: str, across: str, caption: str, split: str) -> Figure:
     kept = [row for row in rows if number(row.get("steps_mean")) is not None]
     given = [Dot(str(row["label"]), float(row["steps_mean"]), None, None, "s0", f"{row['steps_mean']:.2f} steps") for row in kept]
-    ends = f"{kept[0]['label']} {kept[0]['steps_mean']:.2f}, {kept[-1]['label']} {kept[-1]['steps_mean']:.2f}"
-    picture = dots(given, label=f"Mean route steps by {across}: {ends}.", across="mean route steps")
+    ends = f": {given[0].name} {given[0].told}, {given[-1].name} {given[-1].told}" if given else ""
+    picture = dots(given, label=f"Mean route steps by {across}{ends}.", across="mean route steps")
     columns_ = ("", "tokens", "loss", "route steps", "blocks run", "gain of full depth")
     numbers = [
         (
@@ -280,10 +284,9 @@ def _budgets(entry: dict[str, Any], split: str) -> Figure:
         given, label=label, across="blocks run per token", up="nats per token", level=None if plain is None else (plain, "plain")
     )
     caption = (
-        "One model, asked to spend more or less: each dot is a budget, the share of its route steps that tokens may take on average. Down "
-        "is better, "
-        "left is cheaper. Single dots take as many steps as the model at the budget it was trained for, without a router that decides who "
-        "takes them."
+        "One model, asked to spend more or less: each dot is a budget, the share of its route steps that tokens may take on average. "
+        "Down is better, left is cheaper. Single dots take as many steps as the model at the budget it was trained for, without a "
+        "router that decides who takes them."
     )
     rows = [
         (told(point["budget"], 2), told(point["steps_mean"], 2), told(point["block_evaluations"], 2), percent(point["blocks_share"], 0),
@@ -311,8 +314,7 @@ def _controls(entry: dict[str, Any], split: str) -> Figure:
     )
     caption = (
         "The same model with the same number of steps in all, dealt out by other rules than its router. Right of zero: that rule loses "
-        "more than the "
-        "router does, so the router's choice is worth something. Lines are 95 % intervals over documents."
+        "more than the router does, so the router's choice is worth something. Lines are 95 % intervals over documents."
     )
     picture = dots(given, label=label, across="nats per token above the routed model", zero=True)
     numbers = table(("rule", "nats per token", "above the router", "from", "to"), rows, f"Other rules with the same steps, {split}")

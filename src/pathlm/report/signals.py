@@ -36,8 +36,7 @@ def section(run: Run, command: str) -> tuple[list[Section], list[Missing]]:
         chosen = _most_visited(run.neighbours, paths)
         lead = (
             "On the right of a node, where most energy arrives if a text begins at it; on the left, the nodes from which most energy "
-            "would arrive at it. "
-            "The wider a line, the more energy."
+            "would arrive at it. The wider a line, the more energy."
         )
         if len(chosen) < len(run.neighbours):
             lead += f" {len(chosen)} of {len(run.neighbours)} recorded nodes are drawn, those that the sentences visit most."
@@ -84,9 +83,8 @@ def _energies(path: Path, number: int) -> Figure:
         return drawing
 
     caption = (
-        "From top to bottom the nodes of the sentence. The full dot is the energy with which the signal arrived, the ring the best other "
-        "node, named on "
-        "the right. Where the full dot is ahead, the graph would have gone the same way as the text."
+        "From top to bottom the nodes of the sentence. The full dot is the energy with which the signal arrived, the ring the best "
+        "other node, named on the right. Where the full dot is ahead, the graph would have gone the same way as the text."
     )
     caption += f" The first {STEPS} of {len(path.steps) - 1} steps." if len(path.steps) - 1 > STEPS else ""
     rows = [
@@ -144,11 +142,9 @@ def _shares(path: Path, number: int) -> Figure:
         return drawing
 
     caption = (
-        "A row is a step, a column an earlier node of the sentence: the stronger a cell, the more of the row's energy that node sent, in "
-        "per cent. "
-        "Energies are exact sums, so a row adds up to 100. Nodes that send less than nothing, those that speak against it, have the other "
-        "colour. "
-        "The last columns are the edge's own bias and the position."
+        "A row is a step, a column an earlier node of the sentence: the stronger a cell, the more of the row's energy that node sent, "
+        "in per cent. Energies are exact sums, so a row adds up to 100. Nodes that send less than nothing, those that speak against it, "
+        "have the other colour. The last columns are the edge's own bias and the position."
     )
     rows = [
         (

@@ -11,9 +11,9 @@ from pathlm.report.figure import Figure, Missing, Section, Table, number, table,
 from pathlm.report.read import Run
 
 VERDICTS: dict[bool | None, tuple[str, str]] = {
-    True: ("passed", "✓ passed"),
-    False: ("failed", "✗ failed"),
-    None: ("unmeasured", "○ not measured"),
+    True: ("passed", "✓\N{NO-BREAK SPACE}passed"),
+    False: ("failed", "✗\N{NO-BREAK SPACE}failed"),
+    None: ("unmeasured", "○\N{NO-BREAK SPACE}not\N{NO-BREAK SPACE}measured"),
 }
 SIGNS = {"<=": "≤", ">=": "≥"}
 Points = list[tuple[float, float]]
@@ -44,8 +44,8 @@ def section(run: Run) -> tuple[Section | None, list[Missing]]:
 
 
 _DEPTH = (
-    "How many blocks of the pool a token visits before it leaves. Flat at the top: every token goes through everything; "
-    "falling: tokens learn to leave."
+    "How many blocks of the pool a token visits before it leaves. Flat at the top: every token goes through everything; falling: tokens "
+    "learn to leave."
 )
 _RIGHT = "The probability that the graph gives to the node that really comes next, averaged over the text."
 
@@ -121,9 +121,8 @@ def _evenness(run: Run) -> Figure | None:
         limits=(0.0, 1.05), bands=_bands(run), marks=_marks(run),
     )  # fmt: skip
     caption = (
-        "Block load near 1: all blocks are visited alike; near 0: one block does everything. Choice near 1: the router could as well roll "
-        "dice; "
-        "near 0: it knows where each token goes."
+        "Block load near 1: all blocks are visited alike; near 0: one block does everything. Choice near 1: the router could as well "
+        "roll dice; near 0: it knows where each token goes."
     )
     numbers = _beside(run, {names[name][1]: points for name, points in found.items()})
     return Figure("Load and choice", picture, caption, numbers, [*((f"line {names[n][0]}", names[n][1]) for n in found), *_signs(run)])
