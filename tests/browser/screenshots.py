@@ -16,7 +16,7 @@ def part(page: Any, file: Path, first: str, last: str) -> None:
     """Write the part of a page from the top of one element to the bottom of another, with a margin."""
     boxes = [page.locator(selector).bounding_box() for selector in (first, last)]
     left, top = min(box["x"] for box in boxes) - 24, boxes[0]["y"] - 24
-    right, bottom = (max(box["x"] + box["width"] for box in boxes) + 24, boxes[1]["y"] + boxes[1]["height"] + 24)
+    right, bottom = (max(box["x"] + box["width"] for box in boxes) + 24, boxes[1]["y"] + boxes[1]["height"] + 8)
     area = {"x": max(left, 0), "y": max(top, 0), "width": right - max(left, 0), "height": bottom - max(top, 0)}
     page.screenshot(path=str(file), clip=area, full_page=True)
     if (size := file.stat().st_size) > LARGEST:
