@@ -41,6 +41,14 @@ class Mark:
     hint: str
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """What happened along the horizontal axis: stages, and what gates said."""
+
+    bands: Sequence[Band] = ()
+    marks: Sequence[Mark] = ()
+
+
 def lines(
     given: Sequence[Line],
     *,
@@ -48,8 +56,7 @@ def lines(
     across: str,
     up: str,
     limits: tuple[float, float] | None = None,
-    bands: Sequence[Band] = (),
-    marks: Sequence[Mark] = (),
+    timeline: Timeline | None = None,
     level: tuple[float, str] | None = None,
 ) -> Markup:
     """Return a chart of lines.
@@ -59,10 +66,10 @@ def lines(
         label: What can be seen, for a screen reader.
         across: What the horizontal axis counts; `up` the vertical one.
         limits: Lowest and highest number of the vertical axis; by default those of the lines.
-        bands: Stages, in the background.
-        marks: Signs at the upper border.
+        timeline: Stages in the background, and signs at the upper border.
         level: A dashed line across, and its kind.
     """
+    bands, marks = (timeline.bands, timeline.marks) if timeline is not None else ((), ())
     thin = [Line(_thinned(line.points), line.kind, line.dots, line.hints) for line in given if line.points]
     xs = [x for line in thin for x, _ in line.points] + [x for band in bands for x in (band.start, band.end)]
     ys = [y for line in thin for _, y in line.points] + ([] if level is None else [level[0]])

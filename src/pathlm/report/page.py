@@ -91,7 +91,7 @@ def _chapter(run: Run, key: str) -> Chapter:
     place = shlex.quote(str(run.folder))
     chapter = Chapter(key, run.name, _facts(run))
     trace = routes.TRACE.format(run=place)
-    sentences = passages.section(run, trace)
+    sentences = passages.section(run)
     found: list[tuple[str, Callable[[], tuple[list[Section], list[Missing]]]]] = [
         ("metrics.jsonl or gates.jsonl", lambda: _listed(training.section(run))),
         ("eval.json", lambda: _listed(compare.results(run))),

@@ -45,7 +45,7 @@ class Passages:
     note: str
 
 
-def section(run: Run, command: str) -> Section | None:
+def section(run: Run) -> Section | None:
     """Return the traced sentences of a run; None where none were traced."""
     if not run.texts:
         return None

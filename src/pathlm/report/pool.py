@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pathlm.report.figure import Figure, percent, table
-from pathlm.report.svg import NARROW, Drawing, both
+from pathlm.report.svg import LETTER, NARROW, Drawing, both
 
 RARE = 0.004
 """Share of all transitions below which a line is left out of the picture."""
@@ -87,12 +87,13 @@ def _draw(width: float, nodes: Sequence[str], edges: Sequence[tuple[float, float
             continue
         start, end = place(float(u)), place(float(v))
         # Forward lines bend into the arc, the more the farther they lead; those that lead back bend out of it.
-        inward = 1 - 0.5 * (abs(v - u) - 1) / last if v > u else 1 + 0.5 / abs(u - v) + 0.12
+        inward = 1 - 0.5 * (abs(v - u) - 1) / last if v > u else 1.1 + 0.4 / abs(u - v)
         control = place((u + v) / 2, inward * (0.97 if v == u + 1 else 0.86 if v > u else 1.0))
         d = f"M{start[0]:.1f} {start[1]:.1f}Q{control[0]:.1f} {control[1]:.1f} {end[0]:.1f} {end[1]:.1f}"
         drawing.add("path", hint=hint, d=d, class_=f"edge {name}", stroke_width=stroke)
-        _arrow(drawing, start, control, end, f"tip {name}", 4.0 + stroke * 0.45)
+        _arrow(drawing, start, control, end, f"tip {name}", (3.0 if narrow else 4.0) + stroke * 0.45)
     most = max(load[1:last], default=0) or 1
+    every = 1 if radius > 12 else math.ceil(4 * LETTER * last / (math.pi * across))
     for i, name in enumerate(nodes):
         x, y = place(float(i))
         ends = i in (0, last)
@@ -101,7 +102,7 @@ def _draw(width: float, nodes: Sequence[str], edges: Sequence[tuple[float, float
                     fill_opacity=None if ends else f"{0.1 + 0.45 * load[i] / most:.2f}")  # fmt: skip
         if radius > 12:
             drawing.text(x, y + 4, name, anchor="middle", kind="name")
-        else:
+        elif ends or i % every == 0:
             away = place(float(i), 1 + (radius + 12) / down)
             drawing.text(away[0], away[1] + 4, name, anchor="middle", kind="name")
     return drawing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from pathlm.report.charts import Dot, Line, columns, dots, lines
 from pathlm.report.figure import Figure, Missing, Section, number, percent, signed, table, told
 from pathlm.report.passages import shade
 from pathlm.report.read import Run
-from pathlm.report.svg import Drawing, both, fit
+from pathlm.report.svg import LETTER, Drawing, both, fit
 
 MEASURE = "pathlm eval {run} --routes --against PLAIN"
 TRACE = 'pathlm trace {run} "a sentence" --keep'
@@ -111,14 +112,15 @@ def _by_step(places: Sequence[str], by_step: Sequence[Sequence[float]], source: 
         left, top, height = 44.0, 24.0, 26.0
         pitch = min((width - left - 4) / len(places), 84.0)
         drawing = Drawing(width, top + height * len(shares) + 8, label)
-        for j, name in enumerate(places):
-            drawing.text(left + pitch * (j + 0.5), 14.0, fit(name, pitch + 4), anchor="middle")
+        every = math.ceil(4 * LETTER / pitch)  # a name needs so many columns
+        for j, name in list(enumerate(places))[::every]:
+            drawing.text(left + pitch * (j + 0.5), 14.0, fit(name, pitch * every + 4), anchor="middle")
         for i, row in enumerate(shares):
             drawing.text(left - 8, top + height * (i + 0.5) + 4, str(i + 1), anchor="end")
             for j, share in enumerate(row):
                 x, y = left + pitch * j, top + height * i
                 hint = f"step {i + 1}, {places[j]}: {percent(share)}"
-                drawing.cell(x, y, pitch, height, 0.04 + 0.8 * share, kind="cell", hint=hint)
+                drawing.cell(x, y, (pitch, height), 0.04 + 0.8 * share, kind="cell", hint=hint)
                 if pitch > 34 and share >= 0.005:
                     drawing.text(
                         x + pitch / 2, y + height / 2 + 4, f"{100 * share:.0f}%", anchor="middle", kind="strong" if share > 0.6 else ""

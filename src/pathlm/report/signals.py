@@ -134,7 +134,7 @@ def _shares(path: Path, number: int) -> Figure:
                     continue
                 x, sign = left + pitch * j, "less" if share < 0 else "more"
                 hint = f"{named(step.node)} ({place}), from {source(name, path)}: {percent(share)}"
-                drawing.cell(x, y, pitch, height, 0.06 + abs(share), kind=f"share {sign}", hint=hint)
+                drawing.cell(x, y, (pitch, height), 0.06 + abs(share), kind=f"share {sign}", hint=hint)
                 if pitch >= 30 and abs(share) >= 0.01:
                     drawing.text(
                         x + pitch / 2, y + 15, f"{100 * share:.0f}", anchor="middle", kind="strong" if abs(share) > 0.62 else "small"

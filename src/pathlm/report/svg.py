@@ -38,10 +38,10 @@ class Drawing:
         """Draw a line through some points."""
         self.add("polyline", points=" ".join(f"{_short(x)},{_short(y)}" for x, y in points), class_=kind, **attributes)
 
-    def cell(self, x: float, y: float, width: float, height: float, shade: float, *, kind: str, hint: str) -> None:
-        """Draw a cell of a grid, the darker, the nearer `shade` is to 1."""
+    def cell(self, x: float, y: float, size: tuple[float, float], shade: float, *, kind: str, hint: str) -> None:
+        """Draw a cell of a grid, the darker, the nearer `shade` is to 1; `size` is the distance to the next ones."""
         opacity = f"{min(max(shade, 0.0), 1.0):.2f}"
-        self.add("rect", hint=hint, x=x + 1, y=y + 1, width=width - 2, height=height - 2, rx=2.0, class_=kind, fill_opacity=opacity)
+        self.add("rect", hint=hint, x=x + 1, y=y + 1, width=size[0] - 2, height=size[1] - 2, rx=2.0, class_=kind, fill_opacity=opacity)
 
     def __html__(self) -> Markup:
         """Return the picture as it stands in a page."""

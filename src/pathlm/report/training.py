@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pathlm.report.charts import Band, Line, Mark, lines
+from pathlm.report.charts import Band, Line, Mark, Timeline, lines
 from pathlm.report.figure import Figure, Missing, Section, Table, number, table, told
 from pathlm.report.read import Run
 
@@ -76,7 +76,7 @@ def _loss(run: Run) -> Figure | None:
     last = measured[-1][1] if measured else trained[-1][1]
     picture = lines(
         [Line(trained, "thin"), Line(measured, "s0", dots=True)], label=f"Loss over training steps; at the end {last:.3f} nats per token.",
-        across="training steps", up="nats per token", limits=limits, bands=_bands(run), marks=_marks(run),
+        across="training steps", up="nats per token", limits=limits, timeline=Timeline(_bands(run), _marks(run)),
     )  # fmt: skip
     legend = [("line thin", "training")] * bool(trained) + [("line s0", "validation")] * bool(measured)
     return Figure("Loss", picture, caption, _beside(run, {"training loss": trained, "validation loss": measured}), [*legend, *_signs(run)])
@@ -100,7 +100,7 @@ def _pair(run: Run, name: str, title: str, up: str, caption: str) -> Figure | No
     last = (measured or trained)[-1][1]
     picture = lines(
         [Line(trained, "thin"), Line(measured, "s0", dots=True)], label=f"{title} over training steps; at the end {last:.3f}.",
-        across="training steps", up=up, bands=_bands(run), marks=_marks(run),
+        across="training steps", up=up, timeline=Timeline(_bands(run), _marks(run)),
     )  # fmt: skip
     legend = [("line thin", "training")] * bool(trained) + [("line s0", "validation")] * bool(measured)
     return Figure(title, picture, caption, _beside(run, {"training": trained, "validation": measured}), [*legend, *_signs(run)])
@@ -118,7 +118,7 @@ def _evenness(run: Run) -> Figure | None:
     picture = lines(
         [Line(points, names[name][0], dots=len(points) < 40) for name, points in found.items()],
         label=f"Entropies over training steps; at the end: {told_last}.", across="training steps", up="entropy, 1 is the most there can be",
-        limits=(0.0, 1.05), bands=_bands(run), marks=_marks(run),
+        limits=(0.0, 1.05), timeline=Timeline(_bands(run), _marks(run)),
     )  # fmt: skip
     caption = (
         "Block load near 1: all blocks are visited alike; near 0: one block does everything. Choice near 1: the router could as well "
