@@ -56,7 +56,7 @@ def section(run: Run) -> Section | None:
         "the energies, the rivals and what they are made of." if signals else "its path, how sure the router was, and what almost happened."
     )
     lead = "Each node in the colour of its margin: " if signals else "Each token in the colour of its route steps: "
-    lead += "did most energy really arrive there? " if signals else "light ones left early, dark ones went deep. "
+    lead += "did most energy really arrive there? " if signals else "faint ones left early, strong ones went deep. "
     return Section("sentences", "Sentences", lead + hint, passages=passages)
 
 

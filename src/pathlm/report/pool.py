@@ -50,8 +50,8 @@ def graph(nodes: Sequence[str], counts: Sequence[Sequence[float]], *, source: st
     )
     caption = (
         "Tokens enter the pool at IN and leave it at OUT. A line is as wide as it is travelled: lines inside the arc lead forward, "
-        f"those outside lead back or to the same block again. A block is the darker, the more visits it gets.{left_out} Counted over "
-        f"{source}."
+        f"those outside lead back or to the same block again. The stronger the colour of a block, the more visits it gets.{left_out} "
+        f"Counted over {source}."
     )
     rows = [(f"{nodes[u]} → {nodes[v]}", KINDS[kind(u, v, len(nodes))], f"{many:,.0f}", percent(many / total)) for many, u, v in taken]
     numbers = table(("transition", "kind", "times", "share"), rows, "Transitions, the most frequent first")

@@ -127,7 +127,7 @@ def _by_step(places: Sequence[str], by_step: Sequence[Sequence[float]], source: 
                     )
         return drawing
 
-    caption = "A row is a route step: the darker a cell, the more of the tokens still in the pool choose that block, or leave (OUT)."
+    caption = "A row is a route step: the stronger a cell, the more of the tokens still in the pool choose that block, or leave (OUT)."
     caption += f" Over {source}."
     rows = [(str(i + 1), *(percent(share) for share in row)) for i, row in enumerate(shares)]
     return Figure("Step by step", both(draw), caption, table(("step", *places), rows, "Share of tokens at each route step"))

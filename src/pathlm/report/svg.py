@@ -39,7 +39,7 @@ class Drawing:
         self.add("polyline", points=" ".join(f"{_short(x)},{_short(y)}" for x, y in points), class_=kind, **attributes)
 
     def cell(self, x: float, y: float, size: tuple[float, float], shade: float, *, kind: str, hint: str) -> None:
-        """Draw a cell of a grid, the darker, the nearer `shade` is to 1; `size` is the distance to the next ones."""
+        """Draw a cell of a grid, the stronger, the nearer `shade` is to 1; `size` is the distance to the next ones."""
         opacity = f"{min(max(shade, 0.0), 1.0):.2f}"
         self.add("rect", hint=hint, x=x + 1, y=y + 1, width=size[0] - 2, height=size[1] - 2, rx=2.0, class_=kind, fill_opacity=opacity)
 
