@@ -248,7 +248,6 @@ class BrianConfig(PreTrainedConfig):
             ("code_keys", 4),
             ("code_delta_rank", 0),
             ("code_window", 0),
-            ("code_adapter", "block"),
             ("post_memory", "own"),
         ):
             _require(getattr(self, name) == nothing, name, getattr(self, name), without)
