@@ -68,7 +68,7 @@ def test_commands_and_their_options_stay_as_published():
         "train": "recipe overrides resume",
         "experiment": "manifest rows seeds dry_run table_only",
         "eval": "model_folder corpus split context stride max_documents max_tokens order records tasks limit fewshot "
-        "routes against budgets plot suite specs lengths samples batch budget branches device",
+        "routes against budgets plot suite specs questions lengths samples batch budget branches device",
         "gates": "folders json_file",
         "compare": "folders within json_file",
         "generate": "folder prompts files whole max_new_tokens temperature top_k top_p seed batch stop_at_end budget branches mmap device",
@@ -85,7 +85,7 @@ def test_commands_and_their_options_stay_as_published():
 def twins(command):
     """What the options of a command are in Python: parameters of functions, fields of configurations."""
     from pathlm import bench, config, demo, evaluate, experiment, generate, report, serve, trace, train
-    from pathlm.evaluate import gates, harness, lineup, long_context, routing
+    from pathlm.evaluate import choices, gates, harness, lineup, long_context, routing, suites, synthetic
     from pathlm.models import convert
     from pathlm.text import prepare
 
@@ -93,7 +93,7 @@ def twins(command):
         "prepare": (prepare.PrepareConfig, prepare.from_arguments),
         "train": (config.load, train.start),
         "experiment": (experiment.run,),
-        "eval": (evaluate.run, harness.run, routing.run, long_context.run),
+        "eval": (harness.run, routing.run, synthetic.run, choices.run, long_context.run, evaluate.run, suites.run),
         "gates": (gates.run,),
         "compare": (lineup.run,),
         "generate": (generate.run, generate.read_prompts),
@@ -116,7 +116,7 @@ def twins(command):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_has_a_python_twin_with_the_same_default(command):
-    known = twins(command) | ({"routes": False, "suite": None} if command == "eval" else {})  # in Python each is a function of its own
+    known = twins(command)
     for name, option in options_of(command).items():
         assert name in known, f"pathlm {command}: {name} cannot be given in Python"
         if option.default is not None and known[name] is not inspect.Parameter.empty:

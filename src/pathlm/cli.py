@@ -1,16 +1,13 @@
 """The `pathlm` command: thin doors. Each command parses, imports late and calls one function, so `--help` is instant and needs no torch."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
-
-N = TypeVar("N", int, float)
 
 
 class Doors(TyperGroup):
@@ -125,7 +122,7 @@ def experiment(
     """Train and measure a table of runs, row after row; killed and repeated, it continues."""
     from pathlm.experiment import run
 
-    given = _numbers("seeds", seeds, int)
+    given = _seeds(seeds)
     names = None if rows is None else [name.strip() for name in rows.split(",")]
     raise typer.Exit(run(manifest, rows=names, seeds=given, dry_run=dry_run, table_only=table_only, console=Console()).exit_code)
 
@@ -153,52 +150,31 @@ def eval_(
     budgets: Annotated[str | None, typer.Option(metavar="B,B,…", help="With --routes: budgets of the curve, e.g. 0.4,0.7,1.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="With --routes: draw loss and computation by budget.")] = None,
     suite: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME,…", help="What to measure: lm, routing, long-context.  \\[default: lm]")
+        str | None, typer.Option(metavar="NAME,…", help="What to measure: lm, routing, synthetic, choices, long-context.  \\[default: lm]")
     ] = None,
     specs: Annotated[
-        list[str] | None, typer.Option("--task", metavar="TASK", help="With long-context: a task with filler, such as needle:keys=8.")
+        list[str] | None, typer.Option("--task", metavar="TASK", help="With synthetic or long-context: a task, such as needle:keys=8.")
     ] = None,
+    questions: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="With choices: questions, instead of made ones.")] = None,
     lengths: Annotated[str | None, typer.Option(metavar="N,N,…", help="With long-context: lengths to ask at, e.g. 256,1024.")] = None,
-    samples: Annotated[int | None, typer.Option(help="With long-context: samples of each task at each length.  \\[default: 100]")] = None,
-    batch: Annotated[int | None, typer.Option(help="With long-context: sequences that run at once.  \\[default: 8]")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="With synthetic, choices, long-context: samples or questions of each kind.  \\[default: 200, 200, 100]"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="With the same: sequences that run at once.  \\[default: 64, 16, 8]")] = None,
     budget: Budget = None,
     branches: Branches = None,
     device: Device = None,
 ) -> None:
-    """Measure a model on whole documents, beside n-grams counted on the same text; or its routes; or long contexts; or on lm-eval tasks."""
-    of_routes: dict[str, Any] = {"--against": against, "--budgets": budgets, "--plot": plot}
-    of_long: dict[str, Any] = {"--task": specs, "--lengths": lengths, "--samples": samples, "--batch": batch}
-    own = {"routing": of_routes, "long-context": of_long}
-    suites = _suites(suite, routes, tasks, own=own, not_routing={"--records": records, "--branches": branches})
-    if "lm" in suites:
-        from pathlm.evaluate import run
+    """Measure a model on whole documents, beside n-grams; or its routes, synthetic tasks, choices, long contexts; or on lm-eval tasks."""
+    from pathlm.evaluate import suites
 
-        run(
-            model_folder, corpus, split=split, context=context, stride=stride, max_documents=max_documents, max_tokens=max_tokens,
-            order=order, records=records, budget=budget, branches=branches, device=device, console=Console(),
-        )  # fmt: skip
-    if "routing" in suites:
-        from pathlm.evaluate import routing
-
-        routing.run(
-            model_folder, corpus, split, against=against, budget=budget, budgets=_numbers("budgets", budgets, float), context=context,
-            stride=stride, max_documents=max_documents, max_tokens=max_tokens, plot=plot, device=device, console=Console(),
-        )  # fmt: skip
-    if "long-context" in suites:
-        from pathlm.evaluate import long_context
-
-        counts = {name: count for name, count in (("samples", samples), ("batch", batch)) if count is not None}
-        long_context.run(
-            model_folder, specs, lengths=_whole_numbers("lengths", lengths), split=split, records=records, budget=budget,
-            branches=branches, device=device, console=Console(), **counts,
-        )  # fmt: skip
-    if tasks:
-        from pathlm.evaluate import harness
-
-        harness.run(
-            model_folder, tasks, limit=limit, fewshot=fewshot, context=context, budget=budget, branches=branches, device=device,
-            console=Console(),
-        )  # fmt: skip
+    suites.run(
+        model_folder, corpus, suite=suite, routes=routes, tasks=tasks, split=split, context=context, stride=stride,
+        max_documents=max_documents, max_tokens=max_tokens, order=order, records=records, limit=limit, fewshot=fewshot, against=against,
+        budgets=budgets, plot=plot, specs=specs, questions=questions, lengths=lengths, samples=samples, batch=batch, budget=budget,
+        branches=branches, device=device, console=Console(),
+    )  # fmt: skip
 
 
 @app.command()
@@ -367,51 +343,12 @@ def bench(
     body(name, arguments or [], console=Console())
 
 
-def _suites(
-    suite: str | None, routes: bool, tasks: list[str] | None, *, own: dict[str, dict[str, Any]], not_routing: dict[str, Any]
-) -> tuple[str, ...]:
-    """Return what `pathlm eval` is to measure, and refuse options that it would not look at; `own` are those of one suite alone."""
-    if routes and tasks:
-        raise ValueError(f"--lm-eval {tasks[0]}: measures answers, --routes measures text; give one of them")
-    if suite is not None and (routes or tasks):
-        raise ValueError(f"--suite {suite}: does not go with {'--routes' if routes else '--lm-eval'}; give one of them")
-    known = ("lm", "routing", "long-context")
-    chosen = ("routing",) if routes else () if tasks else tuple(suite.split(",")) if suite is not None else ("lm",)
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"--suite {suite}: knows {', '.join(known)}, not {name!r}")
-    for name, options in own.items():
-        flag = "--routes" if name == "routing" else f"--suite {name}"
-        for option, value in options.items():
-            if value is not None and name not in chosen:
-                raise ValueError(f"{option} {_shown(value)}: needs {flag}")
-    for option, value in not_routing.items():
-        if value is not None and "routing" in chosen:
-            raise ValueError(f"{option} {value}: does not go with --routes")
-        if value is not None and option == "--records" and len(chosen) > 1:
-            raise ValueError(f"{option} {value}: is the file of one suite, --suite {suite} names {len(chosen)}")
-    return chosen
-
-
-def _shown(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
-
-
-def _numbers(name: str, text: str | None, kind: Callable[[str], N]) -> list[N] | None:
-    """Read numbers with commas between."""
-    try:
-        return None if text is None else [kind(part) for part in text.split(",")]
-    except ValueError:
-        example = "0,1,2" if kind is int else "0.4,0.7,1"
-        raise ValueError(f"{name}={text!r}: must be numbers with commas between, such as {example}") from None
-
-
-def _whole_numbers(name: str, text: str | None) -> list[int] | None:
-    """Read `256,1024`."""
+def _seeds(text: str | None) -> list[int] | None:
+    """Read whole numbers with commas between."""
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be whole numbers with commas between, such as 256,1024") from None
+        raise ValueError(f"seeds={text!r}: must be numbers with commas between, such as 0,1,2") from None
 
 
 def _one_line(error: BaseException) -> str:

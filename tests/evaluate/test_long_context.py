@@ -313,13 +313,13 @@ def test_the_command_measures_and_prints_what_python_returns(folder, tmp_path):
         assert f"{row['exact']['value']:.3f}" in done.stdout and f"{row['cache_bytes'] / 1024:,.1f}" in done.stdout
     for arguments, message in (
         (("--lengths", "40"), "--lengths 40: needs --suite long-context"),
-        (("--task", "sum", "--routes"), "--task sum: needs --suite long-context"),
+        (("--task", "sum", "--routes"), "--task sum: needs --suite synthetic or long-context"),
         ((*long, "--lengths", "40;50"), "lengths='40;50': must be whole numbers with commas between"),
         ((*long, "--budgets", "0.4"), "--budgets 0.4: needs --routes"),
         ((*long, "--routes"), "--suite long-context: does not go with --routes"),
         ((*long, "--lm-eval", "hellaswag"), "--suite long-context: does not go with --lm-eval"),
-        (("--suite", "long"), "--suite long: knows lm, routing, long-context, not 'long'"),
-        (("--suite", "lm,long-context", "--records", "file"), "--records file: is the file of one suite, --suite lm,long-context names 2"),
+        (("--suite", "long"), "--suite long: knows lm, routing, synthetic, choices, long-context, not 'long'"),
+        (("--suite", "lm,long-context", "--records", "file"), "--records file: is meant for one suite, --suite lm,long-context names 2"),
     ):
         refused = command(*arguments)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import evaluating, start_token
+from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record, start_token
+from pathlm.evaluate.compare import asked_for, corpus_folder, note_result
 from pathlm.evaluate.lm import reach
 from pathlm.evaluate.synthetic import interval
 from pathlm.text.corpus import Corpus
@@ -250,3 +256,97 @@ def _shuffled_sentence(draws: Draws, text: list[str], place: int, rivals: int) -
         if shuffled != text[place]:
             return [shuffled]
     return [joint.join(units[::-1] if units[::-1] != units else ["…", *units])]
+
+
+def run(
+    model_folder: Path | str,
+    corpus: Path | str | None = None,
+    *,
+    questions: Path | str | None = None,
+    samples: int = 200,
+    split: str = "validation",
+    seed: int = 0,
+    context: int | None = None,
+    batch: int = 16,
+    budget: float | None = None,
+    branches: int | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Let a saved model choose among continuations: of a file of questions, or of questions made from the text of a corpus.
+
+    Args:
+        model_folder: A run (its best, else its latest checkpoint), a checkpoint, or any Hugging Face causal language model.
+        corpus: A prepared corpus to make questions from; by default the one the run was trained on.
+        questions: A file of questions (see `read_questions`) instead.
+        samples: Questions of each kind that are made, or the first so many of the file.
+        split: Which part of the corpus.
+        seed: Of the questions that are made.
+        context: Tokens the model sees at most; by default its `max_position_embeddings`.
+        batch: Sequences that run at once.
+        budget: Share of its route steps that a routed model may take on average.
+        branches: Ways that a token may take at once through a pool, instead of the model's own number.
+        device: Where the model runs; by default a GPU where there is one.
+        console: Where the table appears; nothing is printed without one.
+
+    Returns the content that is also written to `choices.json` of the run (or model) folder, under the split's name, or the file's: `rows`,
+    the fields of `ChoiceScore` with the `set` of questions.
+
+    Raises `ValueError` for files that hold no questions and text without enough sentences, before anything is measured.
+    """
+    check_share(budget)
+    for name, count in (("samples", samples), ("batch", batch)):
+        if count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1")
+    place = find_checkpoint(model_folder)
+    if questions is None:
+        sets = _made(corpus_folder(corpus, run_record(model_folder).get("config", {}).get("data", {}), model_folder), split, samples, seed)
+    else:
+        sets = {Path(questions).stem: read_questions(questions)[:samples]}
+    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
+    if tokenizer is None:
+        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
+    rows, begun = [], time.perf_counter()
+    with nullcontext() if console is None else console.status("multiple choice"):
+        for name, asked in sets.items():
+            scores = score_choices(model, tokenizer, asked, delimiter=_delimiter(asked), context=context, batch_size=batch)
+            rows += [{"set": name} | score.row() for score in scores]
+    about: dict[str, Any] = {
+        "suite": "choices",
+        "checkpoint": str(place),
+        "questions": None if questions is None else str(questions),
+        "seed": seed,
+    }
+    about |= {"split": split if questions is None else None, "context": context, "budget": budget, "branches": branches}
+    result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun, "rows": rows}
+    of = split if questions is None else Path(questions).name
+    file = note_result(run_folder(model_folder) / "choices.json", of + asked_for(budget, branches), result)
+    if console is not None:
+        console.print(table(result, of))
+        console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)
+    return result
+
+
+def _made(corpus: Path, split: str, count: int, seed: int) -> dict[str, list[Question]]:
+    """Return questions made from a split of a corpus, by kind."""
+    data = Corpus.open(corpus, verify=False)
+    texts = list(corpus_texts(data, split))
+    following = next_sentence(texts, count=count, seed=seed)
+    return {"next sentence": following, "shuffled sentence": shuffled_sentence(texts, count=count, seed=seed)}
+
+
+def _delimiter(questions: Sequence[Question]) -> str:
+    """Return what stands between context and choice: a space, but nothing where no text has one, as in Chinese."""
+    return " " if any(" " in text for question in questions for text in (question.context, *question.choices)) else ""
+
+
+def table(result: Mapping[str, Any], of: str) -> Table:
+    """Return a result of `run` as a table, a row per set of questions and normalisation."""
+    shown = Table(title=f"multiple choice, {of}", caption="log-likelihoods as they are (raw), per byte, per token of the choice")
+    for heading in ("questions", "likelihood", "right", "(95 %)", "guessing", "asked"):
+        shown.add_column(heading, justify="left" if heading in ("questions", "likelihood") else "right", no_wrap=heading != "questions")
+    for row in result["rows"]:
+        between = f"{row['low']:.3f}–{row['high']:.3f}"
+        numbers = (f"{row['accuracy']:.3f}", between, f"{row['chance']:.3f}", f"{row['questions']:,}")
+        shown.add_row(row["set"], row["normalisation"].replace("_", " "), *numbers)
+    return shown

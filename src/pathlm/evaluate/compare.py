@@ -97,8 +97,7 @@ def run(
     with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
         mine, routes = _measured(model, data, split, budget=budget, records=records, progress=advance, **options)
     result |= {"model": mine.to_dict(), "routes": routes}
-    asked = "" if budget is None else f", budget {budget:g}"
-    asked += "" if branches is None else f", {branches} branch{'es' * (branches != 1)}"
+    asked = asked_for(budget, branches)
     file = note_result(run_folder(model_folder) / "eval.json", split + asked, result)
     if console is not None:
         console.print(table(result, name=_name(model_folder, place) + asked))
@@ -251,6 +250,12 @@ def bar(console: Console | None, label: str, *, total: int) -> Iterator[Callable
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda tokens: progress.advance(task, tokens)
+
+
+def asked_for(budget: float | None, branches: int | None) -> str:
+    """Return what stands behind a split's name where a model was asked for another budget or other branches than its own."""
+    asked = "" if budget is None else f", budget {budget:g}"
+    return asked + ("" if branches is None else f", {branches} branch{'es' * (branches != 1)}")
 
 
 def note_result(file: Path, name: str, result: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pathlm.evaluate.cached import forced_hits, write_greedily
 from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record
-from pathlm.evaluate.compare import bar, note_result
+from pathlm.evaluate.compare import asked_for, bar, note_result
 from pathlm.evaluate.correlation import mean_with_interval
 from pathlm.text.synthetic import LONG_TASKS, LongTask, SampleStream, open_task
 from pathlm.text.synthetic.words import SampleEncoder
@@ -269,9 +269,7 @@ def run(
     result = {"suite": "long-context", **about, "model": str(model_folder), "samples": samples}
     result |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
     result |= {"rows": scores(found), "by_cache": by_cache(found)}
-    name = split if budget is None else f"{split}, budget {budget:g}"
-    name += "" if branches is None else f", {branches} branch{'es' * (branches != 1)}"
-    file = note_result(run_folder(model_folder) / "long-context.json", name, result)
+    file = note_result(run_folder(model_folder) / "long-context.json", split + asked_for(budget, branches), result)
     if console is not None:
         console.print(*(part for shown in tables(result) for part in (shown, "")))
         console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import evaluating
+from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record
+from pathlm.evaluate.compare import asked_for, note_result
 from pathlm.text.synthetic import SampleStream, Task, open_task
 from pathlm.text.synthetic.words import EncodedSample, SampleEncoder
 
@@ -57,10 +64,9 @@ def score_tasks(
     The answer is given to the model token by token and each of its tokens must be the likeliest where it is due (teacher-forced greedy):
     the whole answer is right exactly when greedy decoding would have written it. `ks` limits the numbers of steps. Where a task asks
     several questions a sample, every question counts for its own k, and the answers before it are the right ones. The model's mode is left
-    as it was.
+    as it was. Raises `ValueError` for a task that the tokenizer cannot write, and for a sample that does not fit into the model.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples}: must be at least 1")
+    _require_counts(samples, batch_size)
     opened = [open_task(spec) for spec in tasks]
     encode = SampleEncoder(tokenizer, opened)
     asked = None if ks is None else set(ks)
@@ -73,7 +79,9 @@ def score_tasks(
             drawn = [stream.sample(index, k=k) for k in wanted for index in range(samples)]
             for start in range(0, len(drawn), batch_size):
                 batch = drawn[start : start + batch_size]
-                found = answer_hits(model, [encode(sample) for sample in batch], pad_id=encode.pad_id)
+                encoded = [encode(sample) for sample in batch]
+                _check_fit(model, task, encoded)
+                found = answer_hits(model, encoded, pad_id=encode.pad_id)
                 for question, hit in zip((q for sample in batch for q in sample.questions), found, strict=True):
                     hits[question.k].append(hit)
             scores += [_score(task, k, hits[k]) for k in wanted]
@@ -107,3 +115,89 @@ def interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     margin = z / (1 + z * z / trials) * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return 0.0 if successes == 0 else centre - margin, 1.0 if successes == trials else centre + margin
+
+
+def run(
+    model_folder: Path | str,
+    specs: Sequence[str] | None = None,
+    *,
+    samples: int = 200,
+    split: str = "validation",
+    seed: int = 0,
+    batch: int = 64,
+    budget: float | None = None,
+    branches: int | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure how many answers to synthetic tasks a saved model gets right, by task and number of steps k.
+
+    Args:
+        model_folder: A run (its best, else its latest checkpoint), a checkpoint, or any Hugging Face causal language model.
+        specs: Tasks by name with options; by default those the run was trained on.
+        samples: Samples of every task at every k.
+        split: Of the tasks: train, validation or test.
+        seed: Of the samples.
+        batch: Sequences that run at once.
+        budget: Share of its route steps that a routed model may take on average.
+        branches: Ways that a token may take at once through a pool, instead of the model's own number.
+        device: Where the model runs; by default a GPU where there is one.
+        console: Where the table appears; nothing is printed without one.
+
+    Returns the content that is also written to `synthetic.json` of the run (or model) folder under the split's name, behind it the budget
+    and the branches where they are given: `rows`, the fields of `TaskScore`.
+
+    Raises `ValueError`, before anything is measured, for tasks that do not exist, and for a run without tasks where none are named.
+    """
+    check_share(budget)
+    _require_counts(samples, batch)
+    place = find_checkpoint(model_folder)
+    tasks = list(specs or run_record(model_folder).get("config", {}).get("data", {}).get("tasks", {}))
+    if not tasks:
+        raise ValueError(f"task: {model_folder} was not trained on synthetic tasks; name one or more, such as copy")
+    for spec in tasks:
+        SampleStream(open_task(spec), split, seed=seed)
+    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
+    if tokenizer is None:
+        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
+    begun = time.perf_counter()
+    with nullcontext() if console is None else console.status("synthetic tasks"):
+        scores = score_tasks(model, tasks, tokenizer, samples=samples, split=split, seed=seed, batch_size=batch)
+    about = {"suite": "synthetic", "checkpoint": str(place), "split": split, "seed": seed, "budget": budget, "branches": branches}
+    about |= {"samples": samples, "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
+    result = about | {"rows": [score.row() for score in scores]}
+    file = note_result(run_folder(model_folder) / "synthetic.json", split + asked_for(budget, branches), result)
+    if console is not None:
+        console.print(table(result))
+        console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)
+    return result
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """Return a result of `run` as a table, a row per task and k."""
+    caption = "*: so few prompts that training may have met them" if any(not row["held_out"] for row in result["rows"]) else None
+    shown = Table(title=f"synthetic tasks, {result['split']}, {result['samples']} samples each", caption=caption)
+    for heading in ("task", "k", "answers right", "(95 %)", "tokens right"):
+        shown.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading != "task")
+    for row in result["rows"]:
+        right = f"{row['accuracy']:.3f}" + "*" * (not row["held_out"])
+        shown.add_row(row["task"], str(row["k"]), right, f"{row['low']:.3f}–{row['high']:.3f}", f"{row['token_accuracy']:.3f}")
+    return shown
+
+
+def _check_fit(model: Any, task: Task, encoded: Iterable[EncodedSample]) -> None:
+    """Refuse samples longer than a model's context, and tokens that it has no embedding for."""
+    config = getattr(model, "config", None)
+    context, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    for sample in encoded:
+        needed = sample.answers[-1][1]
+        if context is not None and needed > context:
+            raise ValueError(f"task {task.spec!r}: a sample takes {needed} tokens, the model's max_position_embeddings={context} are fewer")
+        if vocabulary is not None and max(sample.ids) >= vocabulary:
+            raise ValueError(f"task {task.spec!r}: its tokenizer writes token {max(sample.ids)}, the model has vocab_size={vocabulary}")
+
+
+def _require_counts(samples: int, batch: int) -> None:
+    for name, count in (("samples", samples), ("batch", batch)):
+        if count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1")
