@@ -21,8 +21,11 @@ def judged(*folders):
     return {(row["stage"], row["metric"]): row for row in result["rows"]}
 
 
+AT_TWO = [{"budget": 0.6, "loss": 3.1}, {"budget": 1.0, "loss": 1.0}]
+
+
 def routes(**more):
-    routed = {"loss": 3.0, "budget": 0.6, "tokens": 90, "block_evaluations": 4.0, "histogram": [0.0, 0.2, 0.3, 0.2, 0.3]}
+    routed = {"loss": 3.0, "budget": None, "tokens": 90, "block_evaluations": 4.0, "histogram": [0.0, 0.2, 0.3, 0.2, 0.3]}
     return {
         "test": {"split": "test", "checkpoint": "here", "settings": {"context": 64, "stride": 32}, "routed": routed, "budgets": [], **more}
     }
@@ -113,9 +116,13 @@ def test_an_evaluation_that_differs_from_itself_fails(tmp_path):
         judged(make_run(tmp_path, "window", ROUTED, eval={"test": evaluated(3.1)}, routes=other))["stage 0", "eval/difference"]["passed"]
         is None
     )
+    asked = make_run(
+        tmp_path, "asked", ROUTED, eval={"test": evaluated(3.1)}, routes=routes(routed={"loss": 3.0, "tokens": 90, "budget": 0.5})
+    )
+    assert judged(asked)["stage 0", "eval/difference"]["passed"] is None
     fewer = make_run(tmp_path, "fewer", ROUTED, eval={"test": evaluated(3.1)}, routes=routes(routed={"loss": 3.0, "tokens": 50}))
     assert judged(fewer)["stage 0", "eval/difference"]["passed"] is None
-    twice = make_run(tmp_path, "twice", ROUTED, routes=routes(budgets=[{"budget": 0.6, "loss": 3.1}, {"budget": 1.0, "loss": 1.0}]))
+    twice = make_run(tmp_path, "twice", ROUTED, routes=routes(routed={"loss": 3.0, "budget": 0.6}, budgets=AT_TWO))
     assert judged(twice)["stage 0", "eval/difference"]["value"] == pytest.approx(0.1)
 
 
@@ -138,6 +145,7 @@ def test_a_resumed_log_must_not_tell_a_step_twice(tmp_path):
 def test_a_plain_run_and_a_graph_have_stage_0_only_and_must_beat_frequencies(tmp_path):
     for name, model, loss, expected in (("plain", PLAIN, 3.0, True), ("graph", GRAPH, 4.5, False)):
         found = judged(make_run(tmp_path, name, model, eval={"test": evaluated(loss)}))
+        assert (("stage 0", "eval/difference") in found) == (name == "plain"), "nothing measures a graph twice"
         assert {stage for stage, _ in found} == {"stage 0"}
         assert found["stage 0", "eval/above_unigram"]["passed"] is expected
 
@@ -262,6 +270,28 @@ def rows_of(**passed):
 )
 def test_a_decision_needs_all_gates_and_one_of_those_of_which_one_is_enough(passed, expected):
     assert gates.decide(rows_of(**passed)) == {gates.THIRD: expected}
+
+
+@pytest.mark.parametrize("damaged", [None, 3, "text", [], {}, [None], {"difficulty": {}, "load": 3, "histogram": "x", "orders": []}])
+def test_parts_of_an_evaluation_that_have_another_form_are_not_measured(tmp_path, damaged):
+    whole = {
+        "map": damaged,
+        "slices": damaged,
+        "routed": damaged,
+        "budgets": damaged,
+        "difficulty": damaged,
+        "plain": damaged,
+        "settings": damaged,
+    }
+    text = {"split": "test", "model": damaged, "ngrams": damaged, "routes": damaged, "corpus": damaged}
+    others = {"synthetic": {"test": {"rows": damaged}}, "long_context": {"test": {"by_cache": damaged}}}
+    codes = ROUTED | {"memory": "canonical"}
+    run = make_run(tmp_path, "run", codes, costs=None, eval={"test": text}, routes={"test": whole}, **others)
+    plain = make_run(tmp_path, "plain", costs=None, eval={"test": text}, **others)
+    wrong = {"step": 20, "stage": "wrapped", "metric": IMITATION, "passed": "yes", "value": "high", "comparison": 3}
+    (run / "gates.jsonl").write_text(json.dumps(wrong) + "\n")
+    result = gates.run([run, plain], console=Console(quiet=True))[str(run)]
+    assert {row["passed"] for row in result["rows"] if row["source"] != "metrics.jsonl"} == {None}
 
 
 @pytest.mark.parametrize("value", ["NaN", "null", "Infinity", '"high"', "true"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pathlm.evaluate.recorded import LOSS, Recorded, dig, number, read_runs, replace
+from pathlm.evaluate.recorded import LOSS, Recorded, at, dig, listed, number, read_runs, replace
 from pathlm.models.stages import Gate
 
 FILE = "gates.json"
@@ -62,6 +62,8 @@ class Row:
     source: str
     command: str
     """RUN, PLAIN … stand for folders."""
+    kinds: tuple[str, ...] = ("routed",)
+    """What runs it concerns"""
     one_of: bool = False
     """One of these must hold for a decision, and not all."""
     optional: bool = False
@@ -77,6 +79,7 @@ class Told:
     """Stages of the curricula that end with it"""
     metric: str
     reason: str
+    kinds = ("routed",)
 
 
 def rows_out_of_order(case: Case) -> float | None:
@@ -87,30 +90,30 @@ def rows_out_of_order(case: Case) -> float | None:
 
 
 def measured_twice(case: Case) -> float | None:
-    """Return the largest difference between losses of one checkpoint on the same text that several evaluations found."""
+    """Return the largest difference between losses that several passes found of one checkpoint, on the same text in the same windows."""
     found = []
-    for split, entry in case.run.texts().items():
-        ours = case.run.evaluations.get("routes", {}).get(split, {})
-        windows = [tuple((one or {}).get(name) for name in ("context", "stride")) for one in (ours.get("settings"), entry.get("model"))]
-        if ours.get("checkpoint") == entry.get("checkpoint") and windows[0] == windows[1]:
-            found.append(
-                (dig(entry, "model", "loss"), dig(ours, "routed", "loss"), dig(entry, "model", "tokens"), dig(ours, "routed", "tokens"))
-            )
+    for split, text in case.run.texts().items():
+        mine, checkpoint = at(text, "model"), text.get("checkpoint")
         for other in case.runs:  # a plain model is measured again where routes are measured against it
-            theirs = other.evaluations.get("routes", {}).get(split, {})
-            if (theirs.get("plain") or {}).get("checkpoint") == entry.get("checkpoint"):
-                counted = dig(theirs, "routed", "tokens")
-                found.append((dig(entry, "model", "loss"), dig(theirs, "plain", "loss"), dig(entry, "model", "tokens"), counted))
-    for entry in case.run.evaluations.get("routes", {}).values():
-        once, budget = dig(entry, "routed", "loss"), dig(entry, "routed", "budget")
-        found += [(once, dig(p, "loss"), None, None) for p in entry.get("budgets", ()) if budget is not None and dig(p, "budget") == budget]
-    return max((abs(a - b) for a, b, n, m in found if a is not None and b is not None and n == m), default=None)
+            again = at(other.evaluations, "routes", split)
+            same = all(at(again, "settings", name) == at(mine, name) for name in ("context", "stride"))
+            if same and at(again, "routed", "tokens") == at(mine, "tokens"):
+                if at(again, "checkpoint") == checkpoint and at(again, "routed", "budget") is None:
+                    found.append((dig(mine, "loss"), dig(again, "routed", "loss")))
+                if at(again, "plain", "checkpoint") == checkpoint:
+                    found.append((dig(mine, "loss"), dig(again, "plain", "loss")))
+    for routes in case.run.evaluations.get("routes", {}).values():
+        once, budget = dig(routes, "routed", "loss"), dig(routes, "routed", "budget")
+        found += [
+            (once, dig(point, "loss")) for point in listed(routes, "budgets") if budget is not None and dig(point, "budget") == budget
+        ]
+    return max((abs(a - b) for a, b in found if a is not None and b is not None), default=None)
 
 
 def above_frequencies(case: Case) -> float | None:
     """Return how much more is lost than by the frequencies of tokens alone."""
-    entry = next(iter(case.run.texts().values()), {})
-    mine, theirs = dig(entry, "model", "loss"), dig(entry, "ngrams", "orders", "1", "loss")
+    text = next(iter(case.run.texts().values()), {})
+    mine, theirs = dig(text, "model", "loss"), dig(text, "ngrams", "orders", "1", "loss")
     return None if mine is None or theirs is None else mine - theirs
 
 
@@ -163,15 +166,14 @@ def entry(run: Recorded | None, evaluation: str) -> Mapping[str, Any]:
     return found
 
 
-def numbers(values: Iterable[Any] | None) -> list[float]:
-    """Return the values that are numbers."""
-    return [found for value in values or () if (found := number(value)) is not None]
+def numbers(values: Any) -> list[float]:
+    """Return the values of a list that are numbers."""
+    return [found for value in (values if isinstance(values, list) else ()) if (found := number(value)) is not None]
 
 
 def budget_error(case: Case) -> float | None:
     """Return the largest distance between a budget and the share of the steps that is taken with it."""
-    points = entry(case.run, "routes").get("budgets", ())
-    pairs = [(dig(point, "steps_share"), dig(point, "budget")) for point in points]
+    pairs = [(dig(point, "steps_share"), dig(point, "budget")) for point in listed(entry(case.run, "routes"), "budgets")]
     return max((abs(share - budget) for share, budget in pairs if share is not None and budget is not None), default=None)
 
 
@@ -179,7 +181,7 @@ def leaving(place: str) -> Read:
     """Return what reads the share of tokens that leave as soon as they may (`first`), or take every step (`last`)."""
 
     def read(case: Case) -> float | None:
-        found = numbers((entry(case.run, "routes").get("routed") or {}).get("histogram"))
+        found = numbers(at(entry(case.run, "routes"), "routed", "histogram"))
         first = int(case.run.model.get("min_route_steps") or 0)
         return found[first if place == "first" else -1] if len(found) > first + 1 else None
 
@@ -188,13 +190,14 @@ def leaving(place: str) -> Read:
 
 def busiest(case: Case) -> float | None:
     """Return the share of one block in all visits, the largest of them."""
-    return max(numbers((entry(case.run, "routes").get("map") or {}).get("load")), default=None)
+    return max(numbers(at(entry(case.run, "routes"), "map", "load")), default=None)
 
 
 def easiest(case: Case) -> float | None:
     """Return the blocks run for the easiest tenth of the tokens, as a share of those run on average."""
-    rows: Sequence[Any] = (entry(case.run, "routes").get("slices") or {}).get("difficulty") or ({},)
-    ran, mean = dig(rows[0], "block_evaluations"), dig(entry(case.run, "routes"), "routed", "block_evaluations")
+    found = entry(case.run, "routes")
+    ran = next((dig(row, "block_evaluations") for row in listed(found, "slices", "difficulty")), None)
+    mean = dig(found, "routed", "block_evaluations")
     return ran / mean if ran is not None and mean else None
 
 
@@ -208,11 +211,7 @@ def positions(case: Case) -> float | None:
 def steps_of_tasks(case: Case) -> float | None:
     """Return the accuracy on tasks of two steps and more, minus the plain baseline's: a mean over the tasks and k that both were asked."""
     ours, theirs = (
-        {
-            (row.get("task"), row.get("k")): dig(row, "accuracy")
-            for row in entry(run, "synthetic").get("rows", ())
-            if (row.get("k") or 0) > 1
-        }
+        {(row.get("task"), k): dig(row, "accuracy") for row in listed(entry(run, "synthetic"), "rows") if (k := dig(row, "k")) and k > 1}
         for run in (case.run, case.plain)
     )
     both = [a - b for key, a in ours.items() if a is not None and (b := theirs.get(key)) is not None]
@@ -226,10 +225,10 @@ def under_one_cache(case: Case) -> float | None:
     """
     if case.run.model.get("memory") in (None, "local"):
         return None
-    ours = {row.get("length"): row for row in entry(case.run, "long-context").get("by_cache", ())}
-    limit = max(numbers(row.get("cache_bytes") for row in ours.values()), default=None)
+    ours = {row.get("length"): row for row in listed(entry(case.run, "long-context"), "by_cache")}
+    limit = max(numbers([row.get("cache_bytes") for row in ours.values()]), default=None)
     for other in case.beside("plain", "routed"):
-        theirs = {row.get("length"): row for row in entry(other, "long-context").get("by_cache", ())}
+        theirs = {row.get("length"): row for row in listed(entry(other, "long-context"), "by_cache")}
         pairs = [
             (dig(ours[n], "exact", "value"), dig(theirs[n], "exact", "value"), dig(theirs[n], "cache_bytes")) for n in ours.keys() & theirs
         ]
@@ -259,18 +258,20 @@ def time_of_tokens(case: Case) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
-EVAL, ROUTES = "pathlm eval RUN", "pathlm eval RUN --suite routing"
+DECODERS = ("plain", "fixed", "routed")
+ROUTES = "pathlm eval RUN --suite routing"
 BOTH = "pathlm eval RUN and PLAIN, then pathlm gates RUN PLAIN"
 TASKS = "pathlm eval RUN --suite synthetic, and PLAIN, then pathlm gates RUN PLAIN"
 CODES = "pathlm eval RUN --suite long-context with model.memory=canonical, and PLAIN, then pathlm gates RUN PLAIN"
 FIRST, SECOND, THIRD = "R125 → R350", "R350 → R1B", "R1B succeeds"
 TABLE: tuple[Row | Told, ...] = (
     Row("stage 0", Gate("log/out_of_order", "<=", 0.0, "a resumed run goes on where it stopped"), rows_out_of_order,
-        "metrics.jsonl", "stop pathlm train with Ctrl-C, and repeat it with --resume"),
+        "metrics.jsonl", "stop pathlm train with Ctrl-C, and repeat it with --resume", kinds=(*DECODERS, "graph")),
     Row("stage 0", Gate("eval/difference", "<=", 1e-6, "evaluation is deterministic"), measured_twice,
-        "eval.json, routes.json", "pathlm eval RUN --suite lm,routing; for a plain run, pathlm eval ROUTED --suite routing --against RUN"),
+        "eval.json, routes.json", "pathlm eval RUN --suite lm,routing; for a plain run, pathlm eval ROUTED --suite routing --against RUN",
+        kinds=DECODERS),
     Row("stage 0", Gate("eval/above_unigram", "<=", 0.0, "more is learned than frequencies"), above_frequencies,
-        "eval.json", EVAL),
+        "eval.json", "pathlm eval RUN", kinds=(*DECODERS, "graph")),
     Row("stage 1", Gate("eval/wrapping", "<=", 1e-5, "wrapping changes nothing"), wrapping,
         "eval.json", "pathlm convert PLAIN WRAPPED --wrap PRE/POOL/POST, pathlm eval WRAPPED --corpus CORPUS and PLAIN, "
         "then pathlm gates RUN PLAIN WRAPPED"),
@@ -321,23 +322,26 @@ TABLE: tuple[Row | Told, ...] = (
     Row(THIRD, Gate("cache/ratio", "<=", 1.0, "the cache stays bounded"), ratio("cache_bytes_per_token"), "run.json", BOTH),
     Row(THIRD, Gate("time/ratio", "<=", 1.25, "a token of training takes no longer"), time_of_tokens, "metrics.jsonl", BOTH),
 )  # fmt: skip
-"""What is judged, stage by stage, then the decisions to train a larger model. A run without a pool has stage 0 only."""
+"""What is judged, stage by stage, then the decisions to train a larger model."""
+LEADS_TO = dict.fromkeys(("wrapped", "pseudo-routes", "hand-over", "exit"), "pathlm train RECIPE --set curriculum=route --set init=PLAIN")
+LEADS_TO |= dict.fromkeys(("narrowing", "codes"), "pathlm train RECIPE --set model.memory=local+canonical --set model.local_window=64")
+LEADS_TO |= {"parallel": "pathlm train RECIPE --set model.route_beams=2"}
+"""What trains a stage of the curriculum."""
 DECISIONS = (FIRST, SECOND, THIRD)
 
 
 def judge(case: Case) -> list[dict[str, Any]]:
     """Return a row for every gate that concerns the run, as `gates.json` holds them."""
-    whole = case.run.kind == "routed"
-    return [_verdict(row, case) for row in TABLE if whole or row.stage == "stage 0"]
+    return [_verdict(row, case) for row in TABLE if case.run.kind in row.kinds]
 
 
 def _verdict(row: Row | Told, case: Case) -> dict[str, Any]:
     if isinstance(row, Told):
         found = _told(row, case.run)
-        end = "" if len(row.ends) == 1 else ", or " + ", ".join(row.ends[1:])
-        shown = {name: found.get(name) for name in ("metric", "value", "comparison", "bound", "passed", "reason")}
-        known = shown | {"metric": row.metric, "reason": row.reason}
-        return {"stage": row.stage, **known, "source": "gates.jsonl", "command": f"pathlm train, through stage {row.ends[0]}{end}"}
+        passed = found.get("passed") if isinstance(found.get("passed"), bool) else None
+        told = {"metric": row.metric, "value": number(found.get("value")), "comparison": found.get("comparison")}
+        told |= {"bound": number(found.get("bound")), "passed": passed, "reason": row.reason, "source": "gates.jsonl"}
+        return {"stage": row.stage, **told, "command": LEADS_TO[row.ends[0]]}
     value, gate = row.read(case), row.gate
     told = {"metric": gate.metric, "value": value, "comparison": gate.comparison, "bound": gate.threshold}
     passed = None if value is None else gate.holds(value, gate.threshold)
@@ -424,7 +428,7 @@ def shown(result: Mapping[str, Any]) -> Iterator[Table | str]:
             table.add_row(f"[bold]{stage}[/]", "", _WORDS[result["decisions"][stage]] if stage in result["decisions"] else "")
         if row["passed"] is None:
             missing.setdefault(row["command"], []).append(f"{stage} {metric}")
-        numbers_ = " ".join(filter(None, (_written(row["value"]), _SIGNS[row["comparison"]], _written(row["bound"]))))
+        numbers_ = " ".join(filter(None, (_written(row["value"]), _SIGNS.get(row["comparison"], ""), _written(row["bound"]))))
         marks = ", or another of these" if row.get("one_of") else ""
         table.add_row(f"  {_WORDS[row['passed']]}", f"{metric}\n{numbers_}" if numbers_ else metric, row["reason"] + marks)
     yield table
@@ -439,4 +443,4 @@ def _written(value: float | None) -> str:
 
 
 _WORDS = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[yellow]not measured[/]"}
-_SIGNS = {"<=": "≤", ">=": "≥", None: ""}
+_SIGNS = {"<=": "≤", ">=": "≥"}

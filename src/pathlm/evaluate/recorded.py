@@ -143,8 +143,8 @@ class Recorded:
         """
         found = {}
         for split, entry in self.texts().items():
-            of = [(entry.get("corpus") or {}).get("digest")]
-            of += [(entry.get("model") or {}).get(name) for name in ("documents", "bytes", "tokens", "context", "stride")]
+            of = [at(entry, "corpus", "digest")]
+            of += [at(entry, "model", name) for name in ("documents", "bytes", "tokens", "context", "stride")]
             found[split] = {name: dig(entry, "model", name) for name in ("loss", "bits_per_byte")} | {"of": of}
         data = self.config.get("data") or {}
         if (loss := number(self.last.get(LOSS))) is not None and not data.get("task_share"):
@@ -171,11 +171,22 @@ def number(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def dig(entry: Any, *names: str) -> float | None:
-    """Return the number at the end of nested mappings; None where there is none."""
+def at(entry: Any, *names: str) -> Any:
+    """Return what is at the end of nested mappings; None where one of them is not there."""
     for name in names:
         entry = entry.get(name) if isinstance(entry, Mapping) else None
-    return number(entry)
+    return entry
+
+
+def dig(entry: Any, *names: str) -> float | None:
+    """Return the number at the end of nested mappings; None where there is none."""
+    return number(at(entry, *names))
+
+
+def listed(entry: Any, *names: str) -> list[Mapping[str, Any]]:
+    """Return the rows at the end of nested mappings; none where there are none."""
+    found = at(entry, *names)
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Recorded]:
