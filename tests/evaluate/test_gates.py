@@ -156,7 +156,7 @@ def test_a_fixed_route_is_compared_with_the_plain_baseline_of_as_many_blocks(tmp
     shallow = make_run(tmp_path, "shallow", PLAIN | {"pre_blocks": 1}, loss=1.0)
     for name, loss, expected in (("near", 2.05, True), ("far", 2.07, False)):
         fixed = make_run(tmp_path, name, ROUTED, loss=loss, config={"curriculum": "fixed"})
-        row = judged(run, plain, shallow, fixed)["R125 → R350", "fixed/excess"]
+        row = judged(run, shallow, plain, fixed)["R125 → R350", "fixed/excess"]
         assert row["value"] == pytest.approx(loss / 2.0 - 1) and row["passed"] is expected
 
 
@@ -230,6 +230,8 @@ def test_caches_and_speeds_are_compared_with_the_plain_baseline(tmp_path):
     assert found["R1B succeeds", "time/ratio"]["value"] == 1.0
     rows = make_run(tmp_path, "rows", ROUTED)
     assert judged(rows, plain)["stage 5", "cache/ratio"]["passed"] is None, "rows are no codes"
+    elsewhere = make_run(tmp_path, "other text", seen="other")
+    assert judged(run, elsewhere)["R1B succeeds", "cache/ratio"]["passed"] is None
     other_machine = make_run(tmp_path, "elsewhere", record={"threads": 8})
     assert judged(run, other_machine)["R1B succeeds", "time/ratio"]["passed"] is None
 

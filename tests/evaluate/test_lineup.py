@@ -51,6 +51,16 @@ def test_training_counts_the_blocks_that_ran_and_the_tokens_of_earlier_runs(tmp_
     assert told["training_flops"] == 3 * 2000 * (700 - (6 - 4) * 100) + 3 * 3000 * 600
 
 
+def test_only_the_blocks_that_ran_before_the_checkpoint_count(tmp_path):
+    first = make_run(tmp_path, "first", ROUTED, costs=POOL, visits=6.0)
+    with (first / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 40, "tokens": 4000, "route/block_evaluations": 3.0}) + "\n")
+    origin = {"checkpoint": str(first / "checkpoints" / "step-00000020"), "sha256": "x"}
+    later = make_run(tmp_path, "later", record={"init": origin})
+    assert lineup.describe(read(later))["training_flops"] == 3 * 2000 * 600 + 3 * 2000 * 700
+    assert lineup.describe(read(first))["training_flops"] == 3 * 4000 * (700 - (6 - 5) * 100)
+
+
 def test_an_earlier_run_that_cannot_be_found_leaves_its_cost_unknown(tmp_path, plain):
     origin = {"checkpoint": "/gone/first/checkpoints/step-00000030", "sha256": "x"}
     routed = make_run(tmp_path, "routed", ROUTED, costs=POOL, visits=4.0, record={"init": origin})

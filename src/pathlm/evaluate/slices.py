@@ -54,7 +54,7 @@ def token_class(records: RouteRecords, tokenizer: Any) -> np.ndarray:
     own = np.array([CLASSES.index(_class(text)) for text in texts])[kind_N]
     spaced, ends = (np.array(found)[kind_N] for found in zip(*((text[:1].isspace(), text[-1:].isalnum()) for text in texts), strict=True))
     follows = np.zeros(len(own), dtype=bool)  # directly on a word's letter
-    follows[1:] = ends[:-1] & (records.document[1:] == records.document[:-1]) & (records.position[1:] == records.position[:-1] + 1)
+    follows[1:] = ends[:-1] & (records.position[1:] == records.position[:-1] + 1)  # a document's first token is at 0
     inside = (own == CLASSES.index("word start")) & follows & ~spaced
     return np.where(inside, CLASSES.index("inside word"), own)
 
