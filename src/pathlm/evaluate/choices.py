@@ -300,17 +300,20 @@ def run(
             raise ValueError(f"{name}={count}: must be at least 1")
     place = find_checkpoint(model_folder)
     if questions is None:
-        sets = _made(corpus_folder(corpus, run_record(model_folder).get("config", {}).get("data", {}), model_folder), split, samples, seed)
+        trained_on = run_record(model_folder).get("config", {}).get("data", {})
+        of, sets = split, _made(corpus_folder(corpus, trained_on, model_folder), split, samples, seed)
     else:
-        sets = {Path(questions).stem: read_questions(questions)[:samples]}
+        of, sets = Path(questions).name, {Path(questions).stem: read_questions(questions)[:samples]}
     model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
     if tokenizer is None:
         raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
-    rows, begun = [], time.perf_counter()
+    begun = time.perf_counter()
     with nullcontext() if console is None else console.status("multiple choice"):
-        for name, asked in sets.items():
-            scores = score_choices(model, tokenizer, asked, delimiter=_delimiter(asked), context=context, batch_size=batch)
-            rows += [{"set": name} | score.row() for score in scores]
+        rows = [
+            {"set": name} | score.row()
+            for name, asked in sets.items()
+            for score in score_choices(model, tokenizer, asked, delimiter=_delimiter(asked), context=context, batch_size=batch)
+        ]
     about: dict[str, Any] = {
         "suite": "choices",
         "checkpoint": str(place),
@@ -319,7 +322,6 @@ def run(
     }
     about |= {"split": split if questions is None else None, "context": context, "budget": budget, "branches": branches}
     result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun, "rows": rows}
-    of = split if questions is None else Path(questions).name
     file = note_result(run_folder(model_folder) / "choices.json", of + asked_for(budget, branches), result)
     if console is not None:
         console.print(table(result, of))
