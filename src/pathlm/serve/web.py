@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from pathlm.serve.engine import Row
 from pathlm.serve.errors import Refusal
 from pathlm.serve.guard import Guard
 from pathlm.serve.limits import Limits
@@ -40,6 +42,8 @@ class Service:
     worker: Worker
     metrics: Metrics = field(default_factory=Metrics)
     stopping: bool = False
+    post: Post | None = None
+    """To the event loop in which the application runs"""
 
     def __post_init__(self) -> None:
         for name, text in _COUNTED.items():
@@ -65,19 +69,42 @@ class Service:
             )
 
 
+class Post:
+    """Carries pieces from the engines' thread to the event loop, many at a time: waking it costs more than carrying them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bag: deque[tuple[asyncio.Queue[Piece | None], Piece]] = deque()
+        self._called = False
+
+    def send(self, to: asyncio.Queue[Piece | None], piece: Piece) -> None:
+        """Send a piece, from any thread."""
+        self._bag.append((to, piece))
+        if not self._called:
+            self._called = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # first, so that what comes meanwhile has another call
+        while self._bag:
+            to, piece = self._bag.popleft()
+            to.put_nowait(piece)
+
+
 class Answer:
-    """A request at work: its rows, and the pieces of their answers as they come. Leaving the context ends the rows."""
+    """A request at work: its rows, and the pieces of their answers as they come."""
 
     def __init__(self, service: Service, served: Served, request: Request):
         self.service, self.served, self._request = service, served, request
-        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        self._rows: list[Any] = []
+        self._pieces = asyncio.Queue[Piece | None]()
+        self._rows: list[Row] = []
         self.completion_tokens = 0
         self._begun = time.monotonic()
 
     def send(self, piece: Piece) -> None:
         """Take a piece, from any thread."""
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        assert self.service.post is not None
+        self.service.post.send(self._pieces, piece)
 
     def begin(self, order: Order) -> None:
         """Let the rows wait for their turn."""
@@ -85,40 +112,51 @@ class Answer:
         self.service.metrics.add("pathlm_tokens_total", order.prompt_tokens, model=self.served.name, kind="prompt")
         self._rows = self.service.worker.submit(self.served.engine, order.rows)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield pieces until all rows have ended. Raises `Refusal` where one fails, and ends where the client has gone."""
-        open_rows, first, left = len(self._rows), True, True
-        gone = asyncio.ensure_future(_gone(self._request))
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Yield what has come, until all rows have ended; then, or where nobody listens any more, they are let go.
+
+        Raises `Refusal` where one fails, and where the client has gone.
+        """
+        waiting, metrics, name, first, left = len(self._rows), self.service.metrics, self.served.name, True, True
+        gone = asyncio.ensure_future(self._gone())
         try:
-            while open_rows:
-                waits = asyncio.ensure_future(self._pieces.get())
-                await asyncio.wait((waits, gone), return_when=asyncio.FIRST_COMPLETED)
-                if not waits.done():
-                    waits.cancel()
-                    raise Refusal(499, "the client has gone")
-                piece = waits.result()
-                left = piece.failed is None and open_rows > (piece.finish_reason is not None)
-                if piece.failed == "time":
-                    seconds = self.service.limits.max_seconds
-                    headers = {"x-should-retry": "false"}
-                    raise Refusal(408, f"the answer was not complete after {seconds:g} seconds", code="timeout", headers=headers)
-                if piece.failed:
-                    raise Refusal(503 if self.service.stopping else 500, piece.error, code="failed")
+            while waiting:
+                some = [await self._pieces.get()]
                 if first:
                     first = False
-                    self.service.metrics.observe("pathlm_first_token_seconds", time.monotonic() - self._begun, model=self.served.name)
-                self.completion_tokens += piece.tokens
-                open_rows -= piece.finish_reason is not None
-                yield piece
+                    metrics.observe("pathlm_first_token_seconds", time.monotonic() - self._begun, model=name)
+                while not self._pieces.empty():
+                    some.append(self._pieces.get_nowait())
+                pieces = [piece for piece in some if piece is not None]
+                if len(pieces) < len(some):
+                    raise Refusal(499, "the client has gone")
+                if failed := next((piece for piece in pieces if piece.failed), None):
+                    left = False
+                    raise self._failure(failed)
+                self.completion_tokens += sum(piece.tokens for piece in pieces)
+                waiting -= sum(piece.finish_reason is not None for piece in pieces)
+                left = waiting > 0
+                yield pieces
         finally:
             gone.cancel()
             for row in self._rows:
                 row.leave()
-            metrics, name = self.service.metrics, self.served.name
             if left:
                 metrics.add("pathlm_disconnects_total", model=name)
             metrics.add("pathlm_tokens_total", self.completion_tokens, model=name, kind="completion")
             metrics.observe("pathlm_answer_seconds", time.monotonic() - self._begun, model=name)
+
+    async def _gone(self) -> None:
+        """Say when the client has gone; its body has been read."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._pieces.put_nowait(None)
+
+    def _failure(self, piece: Piece) -> Refusal:
+        if piece.failed == "time":
+            text = f"the answer was not complete after {self.service.limits.max_seconds:g} seconds"
+            return Refusal(408, text, code="timeout", headers={"x-should-retry": "false"})
+        return Refusal(503 if self.service.stopping else 500, piece.error, code="failed")
 
 
 _COUNTED = {
@@ -137,6 +175,7 @@ def build(models: dict[str, Served], *, limits: Limits, api_key: str | None = No
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.post = Post()
         service.worker.start()
         yield
         await asyncio.to_thread(service.worker.stop)
@@ -184,8 +223,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(_events(answer, order, head, usage=usage), media_type="text/event-stream", headers=_UNBUFFERED)
         choices: list[dict[str, Any]] = [_choice(number) for number in range(len(order.rows))]
-        async for piece in answer.pieces():
-            _add(choices[piece.choice], await _told(answer, piece))
+        async for pieces in answer.pieces():
+            for piece in pieces:
+                _add(choices[piece.choice], await _told(answer, piece))
         return _json(head | {"choices": choices, "usage": _usage(answer, order)})
 
 
@@ -203,10 +243,11 @@ def _add_paths(app: FastAPI, service: Service) -> None:
         prompts, order = await _understood(prepared)
         answer.begin(order)
         data: list[Any] = [None] * len(prompts)
-        async for piece in answer.pieces():
-            found = await asyncio.to_thread(served.paths, piece.trace)
-            about = {"object": "paths", "index": piece.choice, "tokens": list(prompts[piece.choice].tokens)}
-            data[piece.choice] = about | {"paths": [path.to_dict() for path in found]}
+        async for pieces in answer.pieces():
+            for piece in pieces:
+                found = await asyncio.to_thread(served.paths, piece.trace)
+                about = {"object": "paths", "index": piece.choice, "tokens": list(prompts[piece.choice].tokens)}
+                data[piece.choice] = about | {"paths": [path.to_dict() for path in found]}
         return _json({"object": "list", "model": served.name, "data": data, "usage": _usage(answer, order)})
 
 
@@ -232,11 +273,15 @@ _UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 async def _events(answer: Answer, order: Order, head: dict[str, Any], *, usage: bool) -> AsyncIterator[bytes]:
     """Yield the server-sent events of a stream; what goes wrong on the way is its last one."""
     try:
-        async for piece in answer.pieces():
-            if piece.text or piece.finish_reason or piece.logprobs or piece.trace is not None:
-                choice = _choice(piece.choice)
-                _add(choice, await _told(answer, piece))
-                yield _event(head | {"choices": [choice]} | ({"usage": None} if usage else {}))
+        more = {"usage": None} if usage else {}
+        async for pieces in answer.pieces():
+            events = []
+            for piece in pieces:
+                if piece.text or piece.finish_reason or piece.logprobs or piece.trace is not None:
+                    choice = _choice(piece.choice) | await _told(answer, piece)
+                    events.append(_event(head | {"choices": [choice]} | more))
+            if events:
+                yield b"".join(events)
         if usage:
             yield _event(head | {"choices": [], "usage": _usage(answer, order)})
         yield b"data: [DONE]\n\n"
@@ -279,12 +324,6 @@ def _event(content: dict[str, Any]) -> bytes:
 
 def _json(content: dict[str, Any], *, status: int = 200) -> Response:
     return Response(json.dumps(content), status_code=status, media_type="application/json")
-
-
-async def _gone(request: Request) -> None:
-    """Wait until the client has gone; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _understood(read: Callable[..., R], *given: Any) -> R:
