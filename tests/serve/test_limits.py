@@ -1,6 +1,7 @@
 """Limits, keys, clients that leave, and the end: everybody is told what happened, and no row is left behind."""
 
 import signal
+import sys
 import threading
 import time
 
@@ -194,6 +195,20 @@ def test_two_models_of_one_name_are_refused_before_any_is_opened(folders, tmp_pa
         app([folders["graph"], tmp_path / "nothing"])
     with pytest.raises(ValueError, match="at least one"):
         app([])
+
+
+def test_a_missing_extra_is_told_in_a_line(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    done = CliRunner().invoke(commands, ["serve", str(folders["graph"])])
+    assert done.exit_code == 2 and done.stderr.startswith("error: a server needs the extra: pip install 'pathlm[serve]'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_answer_tells_only_so_many_paths(running):
+    answer = post(running, LONG | {"paths": True, "max_tokens": 26, "n": 4})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "paths"
+    answer = httpx.post(f"{running.url}/v1/paths", json={"model": "graph", "input": [[1] * 60, [2] * 60]})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
 
 
 @pytest.mark.parametrize("changed", [{"rows": 0}, {"queue": 0}, {"max_seconds": 0}, {"max_seconds": float("nan")}, {"grace": -1}], ids=str)

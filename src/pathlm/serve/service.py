@@ -169,6 +169,9 @@ def completion(served: Served, asked: CompletionAsked, send: Callable[[Piece], N
     if wanted > served.limits.max_new_tokens:
         raise Refusal(400, f"max_tokens={wanted}: must be at most {served.limits.max_new_tokens}", param="max_tokens")
     prompts, choices = served.prompts("prompt", asked.prompt, start=asked.start_token), asked.n or 1
+    if asked.paths and len(prompts) * choices * wanted > served.limits.max_prompt_tokens:
+        rule = f"the paths of {len(prompts) * choices} answers of {wanted} tokens are more than {served.limits.max_prompt_tokens:,}"
+        raise Refusal(400, f"paths: {rule}, the most that are told at once", param="paths")
     if len(prompts) * choices > served.limits.queue:
         raise Refusal(400, f"n={choices}: {len(prompts)} prompts and n make more than {served.limits.queue} answers", param="n")
     context = context_of(served.model)
@@ -204,6 +207,9 @@ def reading(served: Served, prompts: Sequence[Prompt], asked: Asked, send: Calla
     served.require_paths()
     if len(prompts) > served.limits.queue:
         raise Refusal(400, f"input: {len(prompts)} texts are more than {served.limits.queue}", param="input")
+    if (tokens := sum(len(prompt.tokens) for prompt in prompts)) > served.limits.max_prompt_tokens:
+        rule = f"the paths of {tokens:,} tokens are more than {served.limits.max_prompt_tokens:,}, the most that are told at once"
+        raise Refusal(400, f"input: {rule}", param="input", code="context_length_exceeded")
     options, opening, deadline = served.options(asked), served.opening(asked), served.engine.clock() + served.limits.max_seconds
     rows: list[tuple[Request, Writer]] = []
     for number, prompt in enumerate(prompts):

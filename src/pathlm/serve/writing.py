@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pathlm.generate import Detokenizer
+from pathlm.models.tokens import token_text
 from pathlm.serve.engine import Event, Reason, Scores
 
 
@@ -98,9 +99,9 @@ class Writer:
         }
 
     def _name(self, token: int) -> str:
-        """Return a token's text; of one that is no whole character its name in the vocabulary, so that no two are alike."""
-        text: str = self._tokenizer.decode([token])
-        return text if text and "\ufffd" not in text else f"bytes:{self._tokenizer.convert_ids_to_tokens(token)}"
+        """Return a token's text; of one that is no whole character, its bytes, as OpenAI names it."""
+        broken = "\ufffd" in self._tokenizer.decode([token])
+        return f"bytes:{token_text(self._tokenizer, token)}" if broken else token_text(self._tokenizer, token)
 
 
 _REASONS: dict[str | None, str] = {"end": "stop", "length": "length", "context": "length"}
