@@ -90,6 +90,8 @@ async def answer(client: httpx.AsyncClient, body: dict[str, Any], run: Run) -> N
     async with client.stream("POST", "/v1/completions", json=body) as stream:
         async for line in stream.aiter_lines():
             first = first or time.perf_counter() - began
+            if '"error"' in line[:20]:
+                raise RuntimeError(line)
             if '"usage": {' in line:
                 run.tokens += json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
     run.first.append(first)

@@ -181,11 +181,14 @@ class Engine:
 
     def fail(self, error: str) -> None:
         """End every row, also those that wait."""
-        for row in [*self.waiting, *self.rows]:
-            row.tell(Event(stopped="failed", error=error))
-        self.waiting.clear()
+        failed = self.rows
         self._reading.clear()
         self._writing.clear()
+        while self.waiting:  # one by one: others may be added meanwhile, and none is to be forgotten
+            failed.append(self.waiting.popleft())
+        for row in failed:
+            if not row.done:
+                row.tell(Event(stopped="failed", error=error))
 
     def _expire(self) -> None:
         """Tell rows whose time is up, and forget those that wait no more."""
@@ -193,7 +196,7 @@ class Engine:
         for row in [*self.waiting, *self.rows]:
             if not row.done and row.request.deadline < now:
                 row.tell(Event(stopped="time"))
-        if any(row.done for row in self.waiting):
+        if any(row.done for row in list(self.waiting)):
             for _ in range(len(self.waiting)):  # others may be added meanwhile, at the end
                 row = self.waiting.popleft()
                 if not row.done:

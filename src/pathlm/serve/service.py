@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import secrets
 import time
 from collections import Counter
@@ -225,7 +226,7 @@ def open_all(folders: Sequence[Folder | str], limits: Limits, *, device: str | N
     """
     if not folders:
         raise ValueError("folders: give at least one run, checkpoint or Hugging Face folder")
-    places = [Folder(folder).resolve() for folder in folders]
+    places = [Folder(os.path.abspath(folder)) for folder in folders]  # a link's name is its own
     twice = [name for name, count in Counter(place.name for place in places).items() if count > 1]
     if twice:
         both = ", ".join(str(folder) for folder, place in zip(folders, places, strict=True) if place.name == twice[0])
