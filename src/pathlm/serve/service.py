@@ -67,6 +67,7 @@ class Served:
             "branches": self.limits.max_branches if can_branch else 1,
             "blocks": getattr(config, "num_hidden_layers", None) if config.model_type != "brillm" else None,
             "pool": [config.pre_blocks + 1, config.pre_blocks + config.pool_blocks] if pool is not None else None,
+            "route_steps": [config.min_route_steps, config.max_route_steps] if pool is not None else None,
             "signal_size": config.signal_size if config.model_type == "brillm" else None,
             "start_token": start_token(self.tokenizer) is not None,
         }
