@@ -14,7 +14,7 @@ SMALL = [
     "steps=4", "batch_tokens=256", "micro_rows=4", "eval_rows=2", "eval_every=2", "save_every=2", "data.length=32", "optim.warmup_steps=1",
     "model.hidden_size=32", "model.intermediate_size=48", "model.vocab_size=300", "model.max_position_embeddings=160",
 ]  # fmt: skip
-PHASES = ["text", "training", "evaluation", "sample", "routing", "routes", "graph", "signal", "codes", "memory"]
+PHASES = ["text", "training", "evaluation", "sample", "routing", "routes", "graph", "signal", "codes", "memory", "report"]
 
 
 @pytest.fixture
@@ -45,6 +45,9 @@ def test_it_goes_from_text_to_a_sample_and_repeats_in_no_time(run):
     assert (result["training"].step, result["training"].finished_before) == (4, False)
     assert set(result["evaluation"]["ngrams"]["orders"]) == {"1", "2", "3", "4", "5"}
     assert result["sample"]
+    page = result["report"].read_text(encoding="utf-8")
+    assert result["report"].name == "report.html"
+    assert all(name in page for name in ("demo-routed", "demo-graph", "demo-codes", "Sentences", "The signal"))
     assert (result["routing"].step, result["routing"].folder.name) == (4, "demo-routed")
     assert "the 3-gram's" in shown
     assert "pathlm generate runs/demo" in shown

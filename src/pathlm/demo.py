@@ -40,16 +40,17 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     Then wrap it: the recipe `brian-tiny-route` puts its blocks into a pool, trains a router, and writes the run `folder` + `-routed`; what
     it saves and which way tokens take is printed. The recipe `brillm-tiny` trains a signal graph on the same tokens into `folder` +
     `-graph`; it is measured on the same documents, and its signal is shown on its way along a sentence. Last, the recipe `brian-tiny-codes`
-    lets the routed model remember codes in the place of rows, into `folder` + `-codes`; what that costs and saves is printed. Every phase
-    is skipped or continued where an earlier call, finished or stopped, has left something.
+    lets the routed model remember codes in the place of rows, into `folder` + `-codes`; what that costs and saves is printed. All four
+    runs are shown on one page, `report.html` in `folder`. Every phase is skipped or continued where an earlier call, finished or stopped,
+    has left something.
 
     `overrides` change fields of all recipes, for example `data.length=128`; `plain.steps=50`, `routed.steps=50`, `graph.steps=50` and
     `codes.steps=50` of one. Those of `model` are for the decoders, the vocabulary's size for all.
 
     Returns the run's `folder`, the `corpus`, how the `training` ended, the `evaluation`, the `sample`, how the `routing` ended, the
     `routes`, the `paths` of two sentences, how the training of the `graph` ended, its `energies` (what `evaluation` is of the decoder),
-    the path of its `signal`, how the training with `codes` ended, its `memory` beside the others', the `seconds` of each phase, and
-    `exit_code`: 0, or 128 + the signal that stopped a training
+    the path of its `signal`, how the training with `codes` ended, its `memory` beside the others', where the `report` is, the `seconds` of
+    each phase, and `exit_code`: 0, or 128 + the signal that stopped a training
     (what follows it is then missing). Raises `ValueError` where `folder` or the corpus folder hold something that other settings made.
     """
     console = console or Console()
@@ -64,36 +65,38 @@ def demo(folder: Path | str = Path("runs/demo"), overrides: Sequence[str] = (), 
     corpus = Path(str(config.data.corpus))
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {"folder": folder, "corpus": corpus, "seconds": seconds, "exit_code": 0}
-    with _phase(console, seconds, "1/10 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
+    with _phase(console, seconds, "1/11 text", f"fetch the State of the Union addresses, train a tokenizer, pack tokens into {corpus}"):
         _prepare(config, corpus, console)
-    with _phase(console, seconds, "2/10 training", f"the recipe {RECIPE!r} into {folder}"):
+    with _phase(console, seconds, "2/11 training", f"the recipe {RECIPE!r} into {folder}"):
         result["training"] = _train(config, console)
     if result["training"].interrupted:
         return result | _stopped(result["training"], console)
-    with _phase(console, seconds, "3/10 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
+    with _phase(console, seconds, "3/11 evaluation", f"on the {SPLIT} split, beside n-grams counted on the same training text"):
         result["evaluation"] = _evaluate(folder, console)
-    with _phase(console, seconds, "4/10 sample", "what the model writes"):
+    with _phase(console, seconds, "4/11 sample", "what the model writes"):
         result["sample"] = _sample(folder, console)
-    with _phase(console, seconds, "5/10 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
+    with _phase(console, seconds, "5/11 routing", f"wrap it, and teach tokens their way: the recipe {ROUTED!r} into {routed_folder}"):
         result["routing"] = _train(routed, console)
     if result["routing"].interrupted:
         return result | _stopped(result["routing"], console)
-    with _phase(console, seconds, "6/10 routes", "which blocks tokens visit, and what that saves"):
+    with _phase(console, seconds, "6/11 routes", "which blocks tokens visit, and what that saves"):
         result["routes"] = _measure_routes(folder, routed, console)
         result["paths"] = _show_paths(routed_folder, console)
-    with _phase(console, seconds, "7/10 graph", f"another kind of model, a graph of tokens: the recipe {GRAPH!r} into {graph_folder}"):
+    with _phase(console, seconds, "7/11 graph", f"another kind of model, a graph of tokens: the recipe {GRAPH!r} into {graph_folder}"):
         result["graph"] = _train(graph, console)
     if result["graph"].interrupted:
         return result | _stopped(result["graph"], console)
-    with _phase(console, seconds, "8/10 signal", "what it predicts beside the others, and its signal on its way along a sentence"):
+    with _phase(console, seconds, "8/11 signal", "what it predicts beside the others, and its signal on its way along a sentence"):
         result["energies"] = _compare_graph(graph_folder, result["evaluation"], console)
         result["signal"] = _show_signal(graph_folder, console)
-    with _phase(console, seconds, "9/10 codes", f"codes in the place of rows: the recipe {CODES!r} into {codes_folder}"):
+    with _phase(console, seconds, "9/11 codes", f"codes in the place of rows: the recipe {CODES!r} into {codes_folder}"):
         result["codes"] = _train(codes, console)
     if result["codes"].interrupted:
         return result | _stopped(result["codes"], console)
-    with _phase(console, seconds, "10/10 memory", "what the three decoders remember of a text, and what the smallest memory costs"):
+    with _phase(console, seconds, "10/11 memory", "what the three decoders remember of a text, and what the smallest memory costs"):
         result["memory"] = _measure_memory(folder, routed_folder, codes, console)
+    with _phase(console, seconds, "11/11 report", "all of it on one page"):
+        result["report"] = _report([folder, routed_folder, graph_folder, codes_folder], console)
     _farewell(folder, corpus, result, console)
     return result
 
@@ -228,7 +231,7 @@ def _show_paths(folder: Path, console: Console) -> Any:
     """Print two sentences in the colours of their tokens' steps, and the paths of a few tokens."""
     from pathlm.trace import Scale, run, sentence, steps, table
 
-    found = run(folder, SENTENCES)
+    found = run(folder, SENTENCES, keep=True)
     scale = Scale([steps(path) for paths in found for path in paths[1:]])
     coloured = console.color_system is not None and not console.no_color
     console.print("\nthe steps each token took:", highlight=False)
@@ -272,7 +275,7 @@ def _show_signal(folder: Path, console: Console) -> Any:
     """Print one sentence as the signal walks it: how strongly it arrived at each node, out of what, and which rivals were ahead."""
     from pathlm.trace import run, signals
 
-    found = run(folder, [SIGNAL])
+    found = run(folder, [SIGNAL], keep=True)
     console.print(
         "\nthe signal on its way along a sentence: the energy with which it arrived at each token, which earlier steps that energy is made "
         "of, and where else it would have arrived how strongly (pathlm trace shows any text):\n",
@@ -326,6 +329,17 @@ def _memories(folder: Path, routed: Path, codes: RunConfig) -> dict[str, Any]:
     return {"bytes": held} | scores
 
 
+def _report(folders: Sequence[Path], console: Console) -> Path:
+    """Write the page of all runs into the first one's folder."""
+    from pathlm.report import report
+
+    written = report(folders, out=folders[0] / "report.html")
+    for note in written.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{written.bytes / 1e6:.2f} MB, for any browser, no network needed", style="dim", highlight=False)
+    return written.file
+
+
 def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Console) -> None:
     """Print the verdict, where everything is, and what to type next."""
     measured = result["evaluation"]
@@ -341,6 +355,7 @@ def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Conso
         "weights": folder / "checkpoints" / "best",
         "log": folder / "metrics.jsonl",
         "text": corpus,
+        "report": result["report"],
     }
     for name, place in places.items():
         console.print(f"  {name:<8} {place}", highlight=False, soft_wrap=True)
@@ -349,6 +364,7 @@ def _farewell(folder: Path, corpus: Path, result: dict[str, Any], console: Conso
         f'pathlm generate {folder} "The state of the Union is"',
         f'pathlm trace {routed} "The state of the Union is strong."',
         f'pathlm trace {graph} "The state of the Union is strong."',
+        f"pathlm serve {folder} {routed} {graph}",
         f"pathlm eval {folder} --split shift",
         f"pathlm train {RECIPE} --set name=wider --set model.hidden_size=192 --set model.intermediate_size=512",
         "pathlm presets",

@@ -102,7 +102,7 @@ def _asking(config: BrianConfig) -> float:
 
 
 def _seen(window: int, whole: float) -> float:
-    return min(window, whole) if window else whole
+    return min(float(window), whole) if window else whole
 
 
 def cache_numbers_per_token(config: BrianConfig) -> int:
