@@ -31,7 +31,7 @@ def test_the_bytes_of_caches_are_those_of_tensors_that_exist(tmp_path):
         lasting, held, spare = (rows[f"cache of 768 tokens, {name}, {kind}"]["median"] for kind in ("lasting", "held", "spare room"))
         assert lasting == 4 * cache_numbers_per_token(remembered.of_size(TINY, name).config)
         assert spare > 0 and (held > lasting if "window" in name else held == lasting)
-    assert found["ratios"]["cache of 768 tokens, canonical, lasting ÷ plain"]["median"] == pytest.approx((4 * 64 + 32) / (12 * 64))
+    assert found["ratios"]["cache of 768 tokens, canonical, lasting ÷ plain"]["median"] == pytest.approx((4 * 64 + 16 + 4 * 16) / (12 * 64))
 
 
 def test_spare_room_is_what_buffers_have_beside_what_they_hold():
