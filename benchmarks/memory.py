@@ -29,6 +29,7 @@ from benchmarks.decoder import trainer
 from benchmarks.remembered import CANONICAL, EVERYWHERE, EXTENTS, LOCAL, MIXED, PLAIN, Extent, as_trained, counted, memories, of_size
 from benchmarks.routed import RANDOM, SIZES
 from benchmarks.timing import Ratio, arguments, interleaved, ratio, show
+from pathlm.models.brian.memory import SPARE
 
 Measured = tuple[list[dict[str, Any]], dict[str, Ratio]]
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("cache", "prefill", "stream", "train", "decode"), default=None)
-    parser.add_argument("--new", type=int, default=64, help="tokens to decode")
+    parser.add_argument("--new", type=int, default=SPARE, help=f"tokens to decode, at most the {SPARE} that a window can take back")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=(1,), help="rows that decode together; more take minutes to read their prompts"
     )
