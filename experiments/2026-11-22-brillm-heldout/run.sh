@@ -24,20 +24,25 @@ english)
   row chain "0 1" --set model.context=chain
   row published-counts "0 1" $counts
   row forgetting-even "0 1" $forgets
-  row forgetting-not-normalised 0 $counts --set model.context=decay
-  row gated 0 $counts --set model.context=gated --set model.normalise=true
-  row node-decay 0 $counts --set model.context=node-decay --set model.normalise=true
-  row timescales 0 $counts --set model.context=timescales --set model.normalise=true
-  row decay+chain 0 $counts --set model.context=decay+chain --set model.normalise=true
-  row decay+decay 0 $counts --set model.context=decay+decay --set model.normalise=true
-  row forgetting-length-256 0 $counts $forgets --set data.length=256 --set micro_rows=8
-  row published-sampled 0 --set model.rivals=400
-  row published-frozen 0 --set model.train_shared=false
-  row published-positions 0 --set model.positions=multiplied
-  row published-eps 0 --set optim.eps=1e-8
-  row forgetting-8 0 $counts $forgets --set model.signal_size=8
-  row forgetting-32 0 $counts $forgets --set model.signal_size=32
-  row best-dropout 0 $counts $forgets $long --set steps=4568 --set model.signal_dropout=0.1
+  row forgetting-not-normalised "0 1" $counts --set model.context=decay
+  row gated "0 1" $counts --set model.context=gated --set model.normalise=true
+  row node-decay "0 1" $counts --set model.context=node-decay --set model.normalise=true
+  row timescales "0 1" $counts --set model.context=timescales --set model.normalise=true
+  row decay+chain "0 1" $counts --set model.context=decay+chain --set model.normalise=true
+  row decay+decay "0 1" $counts --set model.context=decay+decay --set model.normalise=true
+  row forgetting-length-256 "0 1" $counts $forgets --set data.length=256 --set micro_rows=8
+  row published-sampled "0 1" --set model.rivals=400
+  row published-frozen "0 1" --set model.train_shared=false
+  row published-positions "0 1" --set model.positions=multiplied
+  row published-eps "0 1" --set optim.eps=1e-8
+  row forgetting-8 "0 1" $counts $forgets --set model.signal_size=8
+  row published-32 0 --set model.signal_size=32
+  row published-length-256 "0 1" --set data.length=256 --set micro_rows=8
+  quarter="--set steps=285 --set eval_every=285"
+  row quarter-16 "0 1" $quarter
+  row quarter-32 "0 1" $quarter --set model.signal_size=32
+  row quarter-64 "0 1" $quarter --set model.signal_size=64
+  row best-dropout "0 1" $counts $forgets $long --set steps=4568 --set model.signal_dropout=0.1
   row best-32 0 $counts $forgets $long --set steps=6850 --set model.signal_size=32 --set model.trained_positions=32 --set model.beyond=continue
   row best-32-dropout 0 $counts $forgets $long --set steps=6850 --set model.signal_size=32 --set model.signal_dropout=0.1
   ;;
@@ -45,6 +50,7 @@ chinese)
   out=runs/brillm-heldout/chinese corpus=${CORPUS:-data/songci-512}
   row published "0 1"
   row forgetting "0 1" $counts $forgets
+  row chain "0 1" --set model.context=chain
   row best-dropout "0 1" $counts $forgets $long --set steps=2768 --set model.signal_dropout=0.1
   ;;
 *) echo "run.sh english | chinese"; exit 2 ;;
