@@ -51,6 +51,8 @@ class Codes(nn.Module):
         self.width, self.rank, self.heads, self.keys = code, rank, heads, config.code_keys  # a configuration's attributes answer slowly
         assert head is not None and groups is not None
         readers = config.pool_blocks + (config.post_blocks if config.post_memory == "canonical" else 0)
+        self.asks: tuple[list[int], Tensor] | None = None
+        """The versions of the weights that `asks_of` was made of last, and what it was."""
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.down = None if config.code_dim == 0 else nn.Linear(width, code, bias=False)
         self.turned_keys = nn.Linear(code, self.keys * head, bias=False)
@@ -63,6 +65,12 @@ class Codes(nn.Module):
             self.key_narrow = nn.Parameter(torch.empty(readers, heads, rank, code))
             self.value_wide = nn.Parameter(torch.empty(readers, heads, head, rank))
             self.value_narrow = nn.Parameter(torch.empty(readers, heads, rank, code))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Codes:
+        """Move or convert, and forget what was derived from the weights as they were."""
+        self.asks = None
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def reach(self) -> tuple[int, float]:
@@ -118,6 +126,16 @@ class Codes(nn.Module):
         across = query_nH1K.roll(query_nHK.shape[-1] // 2, -1) * torch.cat((-imaginary_HJk, imaginary_HJk), dim=-1)
         mixed = torch.addcmul(across, query_nH1K, torch.cat((real_HJk, real_HJk), dim=-1))
         return torch.cat((asked, mixed.flatten(2)), dim=-1)
+
+    @torch.no_grad()
+    def asks_of(self) -> Tensor:
+        """Return what every reader's queries are multiplied with to be asked (Z, H, K, C + J · K), made anew when weights have changed."""
+        versions = [weight._version for weight in self.parameters(recurse=False) if not weight.is_inference()]
+        if self.asks is None or self.asks[0] != versions:
+            one_K1K = torch.eye(self.mix.shape[-1], dtype=self.mix.dtype, device=self.mix.device)[:, None]
+            every = [self.ask(reader, one_K1K.expand(-1, self.heads, -1)).transpose(0, 1) for reader in range(len(self.mix))]
+            self.asks = versions, torch.stack(every)
+        return self.asks[1]
 
     def question(self, asked_BTHX: Tensor, rotary: tuple[Tensor, Tensor], row_query_BTHK: Tensor | None = None) -> Tensor:
         """Return what heads look for (B, T, H, W): what they ask codes for, turned, and rows, if these are read besides.

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathlm.models.brian.codes import read_codes
 from pathlm.models.brian.memory import NewestRows
 from pathlm.models.brian.table import Surroundings, code_mask, mixed_masks, row_mask
 from pathlm.models.layers import attend, turned
@@ -23,6 +22,7 @@ class Outlook:
 
     def __init__(self, around: Surroundings, block: Any, batch: int, like: Tensor) -> None:
         self.batch, self.heads, self.rotary, self.codes = batch, block.heads, around.rotary, around.codes
+        self.asks = None if around.codes is None else around.codes.asks_of().to(like.dtype)
         self.rows: NewestRows | None = None
         if around.memory is not None:
             self.rows = around.memory.newest(like.new_empty(()).expand(batch, block.groups, 1, block.width))
@@ -62,7 +62,9 @@ class Outlook:
     def project(self, number: int, block: Any, x_nD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a block's queries, keys and values, not turned (n, H + 2G, K), and what it asks codes for (n, H, W), if it does."""
         qkv = block.project(x_nD)
-        return qkv, None if self.codes is None else self.codes.ask(number, qkv[:, : self.heads])
+        if self.asks is None:
+            return qkv, None
+        return qkv, torch.bmm(qkv[:, : self.heads].transpose(0, 1), self.asks[number]).transpose(0, 1)
 
     def heard(self, number: int, read_nX: Tensor) -> Tensor:
         """Return what a block's heads make of what they have read (n, H · X), as mixtures of values (n, H · K)."""
@@ -97,8 +99,11 @@ class Outlook:
             return attend(query_nH1X, tables[0], tables[1], mask).flatten(1)
         if self.writes:
             return self._mixed(query_nH1X[:, :, 0], tables[0], tables[1], tables[2], mask).flatten(1)
-        # The heads of one token are as good as the tokens of one head.
-        return read_codes(query_nH1X, tables[0], mask).flatten(1)
+        # Only the first C numbers of what is remembered are told, so only these are mixed.
+        query_nHW, codes_nSW = query_nH1X[:, :, 0], tables[0][:, 0]
+        score = torch.bmm(query_nHW * query_nHW.shape[-1] ** -0.5, codes_nSW.mT)
+        weight = (score if mask is None else score.add_(mask[:, 0])).softmax(-1)
+        return torch.bmm(weight, codes_nSW[..., : self.codes.width]).flatten(1)
 
     def _mixed(self, query_nHX: Tensor, table_n1SW: Tensor, keys_nGSK: Tensor, values_nGSK: Tensor, mask: Tensor | None) -> Tensor:
         """Return mixtures of codes and of rows side by side (n, H, C + K), whose weights are one softmax."""

@@ -152,7 +152,10 @@ def travel(
     assert sight is not None
     beams = _beams(model, journey)
     if not model.training and (h_BTD.shape[1] > 1 or not sight.past):
-        pool.signposts = None  # a text begins or goes on: versions do not tell of weights that were written through `.data`
+        # A text begins or goes on: versions do not tell of weights that were written through `.data`.
+        pool.signposts = None
+        if model.codes is not None:
+            model.codes.asks = None
     window = model.config.local_window if model.codes is None else 0
     codes = model.codes if reads_codes else None
     around = Surroundings(rotary, sight, rows, codes, journey.code_rows, journey.reads, window, recompute)
