@@ -174,6 +174,13 @@ def test_tokens_are_drawn_from_the_stated_distribution(options):
         np.testing.assert_allclose(share, expected_distribution(logits.numpy(), **options), atol=1.01 / 20_000)
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"top_p": 1e-300}, {"top_p": 1e-300, "top_k": 5}], ids=str)
+def test_a_head_too_narrow_for_a_float_is_still_the_likeliest_token(options):
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=20)).float()
+    tokens = Sampling(**options).pick(logits.expand(3, -1), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [int(logits.argmax())] * 3
+
+
 def test_extreme_uniform_numbers_never_pick_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     for uniform, expected in ((0.0, 1), (1.0, None), (1 - 2**-53, 2)):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Shapes: B rows, V vocabulary, K candidates
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -36,7 +38,8 @@ class Sampling:
         if self.temperature == 0 or uniform_B is None:
             return logits_BV.argmax(dim=-1)
         logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-        scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / self.temperature
+        # What is smaller than a float32 would be zero there, and zero divided by zero is no number.
+        scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(self.temperature, SMALLEST)
         keep = min(self.top_k or scaled_BV.shape[-1], scaled_BV.shape[-1])
         top_p = 1.0 if self.top_p is None else self.top_p
         if keep == scaled_BV.shape[-1] and top_p == 1.0:
@@ -44,7 +47,7 @@ class Sampling:
         scaled_BK, token_BK = scaled_BV.topk(keep, dim=-1) if keep < scaled_BV.shape[-1] else scaled_BV.sort(dim=-1, descending=True)
         weight_BK = scaled_BK.softmax(dim=-1)
         if top_p < 1.0:
-            weight_BK = weight_BK * ((weight_BK.cumsum(dim=-1) - weight_BK) < top_p)
+            weight_BK = weight_BK * ((weight_BK.cumsum(dim=-1) - weight_BK) < max(top_p, SMALLEST))
         return token_BK.gather(1, _fall(weight_BK, uniform_B)[:, None]).squeeze(1)
 
 
