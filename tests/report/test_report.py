@@ -267,6 +267,7 @@ def test_text_and_lines_can_be_told_from_what_is_behind_them(theme):
         ("run.json", '{"a": 1,\n"b": }', r"run\.json, line 2: not JSON"),
         ("run.json", "[]", r"run\.json, line 1: must be a JSON object, is list"),
         ("run.json", '"\xff"', r"run\.json: not JSON"),
+        ("run.json", '{"tokens": ' + "9" * 5000 + "}", r"run\.json: not JSON"),
         ("metrics.jsonl", '{"step": 1}\n{"step": \n', r"metrics\.jsonl, line 2: not JSON"),
         ("metrics.jsonl", "3\n", r"metrics\.jsonl, line 1: must be a JSON object, is int"),
     ],
@@ -358,6 +359,8 @@ def test_a_page_is_replaced_and_nothing_else_is(tmp_path):
 def test_what_cannot_be_shown_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="run folder 'nowhere' does not exist"):
         report("nowhere", out=tmp_path / "page.html")
+    with pytest.raises(FileNotFoundError, match=r"^run folder 'nowhere' does not exist"):
+        report("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds nothing to show: expected one of run\.json, metrics\.jsonl"):
         report(tmp_path / "empty")

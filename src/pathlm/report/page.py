@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from pathlm.report import compare, passages, routes, signals, training
 from pathlm.report.figure import Chapter, Missing, Section, number, told
-from pathlm.report.read import Run, read
+from pathlm.report.read import Run, read, require
 from pathlm.words import visible
 
 MARK = '<meta name="generator" content="pathlm report">'
@@ -48,6 +48,8 @@ def report(folders: Sequence[File | str] | File | str, out: File | str | None = 
     given = [folders] if isinstance(folders, str | File) else list(folders)
     if not given:
         raise ValueError("folders=[]: name at least one run")
+    for folder in given:
+        require(folder)
     file = File(out) if out is not None else (File(given[0]) if len(given) == 1 else File()) / "report.html"
     _check(file)
     runs = [read(folder) for folder in given]
@@ -95,7 +97,7 @@ def _chapter(run: Run, key: str) -> Chapter:
     found: list[tuple[str, Callable[[], tuple[list[Section], list[Missing]]]]] = [
         ("metrics.jsonl or gates.jsonl", lambda: _listed(training.section(run))),
         ("eval.json", lambda: _listed(compare.results(run))),
-        ("routes.json", lambda: _listed(routes.where(run))),
+        ("routes.json or paths.jsonl", lambda: _listed(routes.where(run))),
         ("paths.jsonl", lambda: _listed((sentences, [] if sentences else [Missing("sentences with the path of every token", trace)]))),
         ("paths.jsonl or neighbours.jsonl", lambda: signals.section(run, trace)),
         ("routes.json", lambda: _listed(routes.worth(run))),

@@ -71,17 +71,23 @@ class Run:
         return next((row[name] for row in reversed(self.metrics) if row.get(name) is not None), None)
 
 
+def require(folder: File | str) -> None:
+    """Raise `FileNotFoundError` where there is no such folder, and `ValueError` where it holds nothing to show."""
+    place = File(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist")
+    if not any((place / name).is_file() for name in FILES):
+        raise ValueError(f"run folder {str(folder)!r} holds nothing to show: expected one of {', '.join(FILES)}")
+
+
 def read(folder: File | str) -> Run:
     """Read a run folder.
 
     Raises `FileNotFoundError` where there is none, and `ValueError` for one that holds nothing to show and for a damaged `run.json` or
     `metrics.jsonl`, naming file and line. Other files that are damaged are left out, with a note.
     """
+    require(folder)
     place = File(folder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist")
-    if not any((place / name).is_file() for name in FILES):
-        raise ValueError(f"run folder {str(folder)!r} holds nothing to show: expected one of {', '.join(FILES)}")
     run = Run(place)
     if (place / "run.json").is_file():
         run.record = _object(place / "run.json")
@@ -148,7 +154,7 @@ def _object(file: File) -> dict[str, Any]:
         found = json.loads(file.read_bytes().decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, a number of thousands of digits, brackets without end
         raise ValueError(f"{file}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file}, line 1: must be a JSON object, is {type(found).__name__}")
