@@ -327,6 +327,8 @@ def damage(run, kind):
         (run / "run.json").write_text('{"format": 1}')
     elif kind == "torn evaluation":
         (run / "eval.json").write_text('{"test": {"spl')
+    elif kind == "brackets without end":
+        (run / "eval.json").write_text("[" * 100_000)
     elif kind == "empty entry":
         (run / "routes.json").write_text('{"test": null}')
     elif kind == "rotten line":
@@ -344,6 +346,7 @@ def damage(run, kind):
         ("torn record", "run.json is damaged"),
         ("other record", "run.json is not the record of a run"),
         ("torn evaluation", "eval.json is damaged"),
+        ("brackets without end", "eval.json is damaged"),
         ("empty entry", "its entry 'test' holds nothing"),
         ("rotten line", "metrics.jsonl, line 1: is damaged"),
         ("line without a step", "gates.jsonl, line 1: is damaged: it is no row with a step"),

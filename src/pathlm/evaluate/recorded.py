@@ -244,7 +244,7 @@ def _mapping(file: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged: it holds no names and values")
@@ -259,7 +259,7 @@ def _rows(file: Path) -> tuple[dict[str, Any], ...]:
             break  # it was being written
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {at}: is damaged: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise ValueError(f"{file}, line {at}: is damaged: it is no row with a step")
