@@ -226,6 +226,27 @@ def test_a_mistake_is_answered_with_its_field_before_any_work(ai, given, field):
     assert field in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (b"{nope", "application/json", "at character 1"),
+        (b"[]", "application/json", "must be a JSON object"),
+        (b'{"model": "routed", "prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_told_so(client, body, kind, said):
+    answer = client.post("/v1/completions", content=body, headers={"content-type": kind})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] is None and said in error["message"], error
+
+
+def test_half_a_character_is_answered_with_its_field(client):
+    for path, field in (("completions", "prompt"), ("paths", "input")):
+        content = b'{"model": "routed", "%s": "\\ud800"}' % field.encode()
+        error = client.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"}).json()["error"]
+        assert error["param"] == field and "is not UTF-8" in error["message"]
+
+
 def test_a_model_that_is_not_served_is_answered_with_those_that_are(ai):
     with pytest.raises(openai.NotFoundError, match="routed, graph, llama"):
         ai.completions.create(model="gpt", prompt=PROMPT)

@@ -127,7 +127,11 @@ class Served:
         if isinstance(given, str):
             if len(given) > 64 * self._most_prompt_tokens():
                 self._too_long(field, f"{len(given):,} characters")
-            tokens, first = encode_prompt(self.tokenizer, given), start_token(self.tokenizer)
+            first = start_token(self.tokenizer)
+            try:
+                tokens = encode_prompt(self.tokenizer, given)
+            except ValueError as error:
+                raise Refusal(400, f"{field}: {error}", param=field) from error
             unsaid = int(first is not None)
             if not start and unsaid:
                 tokens, unsaid = tokens[1:], 0

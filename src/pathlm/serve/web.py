@@ -350,6 +350,10 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 def _first_complaint(errors: Sequence[Any]) -> Refusal:
     """Return what is wrong with a body, in one line."""
+    if errors[0]["type"] in ("json_invalid", "model_attributes_type"):
+        rule = "must be a JSON object, sent with the header Content-Type: application/json"
+        reason = errors[0].get("ctx", {}).get("error")
+        return Refusal(400, f"body: {rule}" + (f" ({reason}, at character {errors[0]['loc'][-1]})" if reason else ""))
     names = [str(part) for part in errors[0]["loc"] if part != "body"]
     param = names[0] if names else None
     texts = list(dict.fromkeys(error["msg"] for error in errors if [str(p) for p in error["loc"] if p != "body"][:1] == names[:1]))
