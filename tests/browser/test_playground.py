@@ -181,6 +181,19 @@ def test_hostile_text_stays_text(playground):
     assert pane(playground).locator(".text img, .text script").count() == 0
 
 
+@pytest.mark.parametrize("model", ["routed", "graph"])
+def test_what_was_typed_is_shown_as_typed_however_its_characters_are_split(playground, model):
+    typed = "é is 日本 🙂 and \\xe6\\x97 is none."
+    choose_model(playground, model)
+    playground.get_by_label("Text", exact=True).fill(typed)
+    playground.get_by_role("button", name="Read").click()
+    pane(playground).locator("p.told:not(:empty)").wait_for()
+    shown = pane(playground).locator(".token:not(:has(small))").evaluate_all("all => all.map((one) => one.textContent).join('')")
+    assert shown == typed
+    parts = pane(playground).locator(".token small").all_inner_texts()
+    assert parts[:2] == ["<|endoftext|>", "\\xc3"], "the first byte of é; its second one shows the whole"
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_fits_and_can_be_read(playground, size, dark):

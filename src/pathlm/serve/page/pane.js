@@ -2,7 +2,7 @@
 
 import { paths, writing } from "./api.js";
 import { draw, origin } from "./panel.js";
-import { number, percent, readable, signed } from "./words.js";
+import { number, percent, readable, signed, spelled } from "./words.js";
 
 const SHADES = 6;
 const LEADS = { sure: "most energy", close: "as much as another", beaten: "another had more" };
@@ -83,7 +83,7 @@ export class Pane {
     }
     const read = await unlessStopped(paths({ ...this.settings(), input: prompt }, signal));
     if (!read) return;
-    this.take(read.paths, { given: true });
+    this.take(read.paths, { given: true, text: prompt });
     this.part(".told").textContent = this.summary(this.tokens);
     this.choose(this.tokens.length - 1);
   }
@@ -98,8 +98,8 @@ export class Pane {
     try {
       const first = pieces.next(); // asked at once, shown after the text before it
       first.catch(() => {});
-      if (this.model.paths) this.take((await paths({ ...this.settings(), input: asked.prompt }, signal)).paths, { given: true });
-      else this.take([], { given: true, text: asked.prompt });
+      const read = this.model.paths ? (await paths({ ...this.settings(), input: asked.prompt }, signal)).paths : [];
+      this.take(read, { given: true, text: asked.prompt });
       for (let piece = await first; !piece.done; piece = await pieces.next()) {
         const [choice] = piece.value.choices;
         seed = piece.value.seed;
@@ -123,10 +123,8 @@ export class Pane {
       path.family === "brillm" ? path.steps.map((step) => ({ name: step.node, step })) : [{ name: path.text, path }],
     );
     if (!found.length && text) found.push({ name: text });
-    for (const [index, token] of found.entries()) {
-      const last = index === found.length - 1;
-      this.add({ ...token, given, shown: given ? token.name : last ? text : "" });
-    }
+    const shown = given ? spelled(found.map((token) => token.name), text) : found.map((_, index) => (index < found.length - 1 ? "" : text));
+    for (const [index, token] of found.entries()) this.add({ ...token, given, shown: shown[index] });
     return found.length;
   }
 
