@@ -57,13 +57,13 @@ def make_llama():
 class Running:
     """A server in a thread."""
 
-    def __init__(self, application, limits=LIMITS):
+    def __init__(self, application, limits=LIMITS, console=None):
         self.service = application.state.service
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.server = Server(application, host="127.0.0.1", port=port, limits=limits)
+        self.server = Server(application, host="127.0.0.1", port=port, limits=limits, console=console)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         wait_for(lambda: self.server.started)

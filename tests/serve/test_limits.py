@@ -1,5 +1,6 @@
 """Limits, keys, clients that leave, and the end: everybody is told what happened, and no row is left behind."""
 
+import io
 import signal
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import httpx
 import openai
 import pytest
+from rich.console import Console
 from served import LIMITS, Running, wait_for
 from typer.testing import CliRunner
 
@@ -35,7 +37,7 @@ def post(running, body, **options):
 
 def test_a_client_that_leaves_frees_its_row(start):
     running = start("graph", limits=limits())
-    slow(running)
+    slow(running, 0.1)  # a busy machine must not let the answer end before it is looked at
     with httpx.stream("POST", f"{running.url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as stream:
         assert next(stream.iter_lines()).startswith("data: ")
         assert len(running.rows()) == 1
@@ -97,17 +99,20 @@ def test_a_key_is_asked_for_where_there_is_one(start):
             assert "sesame" not in answer.text
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="sesame") as ai:
         assert [model.id for model in ai.models.list()] == ["graph"]
+    assert httpx.get(f"{running.url}/v1/models", headers={"authorization": "bearer sesame"}).status_code == 200
     assert httpx.get(f"{running.url}/health").status_code == httpx.get(running.url).status_code == 200
 
 
 def test_a_name_that_points_here_is_not_answered(start):
     running = start("graph", hosts=("localhost", "127.0.0.1"))
     assert httpx.get(running.url).status_code == 200
+    assert httpx.get(running.url, headers={"host": "LOCALHOST"}).status_code == 200  # names do not depend on case
     assert httpx.get(running.url, headers={"host": "evil.example"}).status_code == 403
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_runs(folders):
-    running = Running(app([folders["graph"]], limits=limits()))
+    console = Console(record=True, width=100, file=io.StringIO())
+    running = Running(app([folders["graph"]], limits=limits()), console=console)
     slow(running)
     lines, found = [], []
 
@@ -122,6 +127,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(folders):
     running.server.handle_exit(signal.SIGTERM, None)
     wait_for(lambda: not running.server.started or running.service.stopping)
     assert refused(running)
+    assert "stopping: answers that run have 5 s" in console.export_text()
     for thread in (*threads, running.thread):
         thread.join()
     assert lines[-2] == "data: [DONE]" and found[0].json()["choices"][0]["finish_reason"] in ("length", "stop")

@@ -63,14 +63,14 @@ class Guard:
     def _check(self, scope: Message) -> None:
         headers = dict(scope["headers"])
         if self._hosts is not None:
-            host = headers.get(b"host", b"").decode("latin-1")
+            host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
             if name not in self._hosts:  # a page elsewhere may have let its name point here
                 raise Refusal(403, "this server answers to its loopback names only", code="host_not_allowed")
         path = scope["path"]
         if self._key is not None and (path == "/metrics" or path.startswith("/v1")):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
                 rule = "a key is needed: send the header Authorization: Bearer KEY"
                 raise Refusal(401, rule, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")

@@ -24,16 +24,19 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 class Server(uvicorn.Server):
     """Uvicorn, which lets answers that run be finished within a time and then ends them with a word."""
 
-    def __init__(self, application: Any, *, host: str, port: int, limits: Limits):
+    def __init__(self, application: Any, *, host: str, port: int, limits: Limits, console: Console | None = None):
         # What has not ended by itself is ended by us, and told so, before connections are cut.
         wait = int(limits.grace) + 5
         super().__init__(uvicorn.Config(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=wait))
-        self._service, self._grace = application.state.service, limits.grace
+        self._service, self._grace, self._console = application.state.service, limits.grace, console
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop: no new requests, and a time limit for those that run."""
         if not self._service.stopping:
             self._service.stopping = True
+            if self._console is not None:
+                said = f"stopping: answers that run have {self._grace:g} s, another Ctrl-C ends them at once"
+                self._console.print(said, highlight=False, markup=False, soft_wrap=True)
             timer = threading.Timer(self._grace, self._service.worker.fail, args=["the server is stopping, and its time is up"])
             timer.daemon = True
             timer.start()
@@ -66,7 +69,7 @@ def run(
         console.print(
             f"{', '.join(application.state.service.models)}: http://{shown}:{port}", highlight=False, markup=False, soft_wrap=True
         )
-    Server(application, host=host, port=port, limits=limits).run()
+    Server(application, host=host, port=port, limits=limits, console=console).run()
 
 
 def read_key(file: Path | str | None) -> str | None:
