@@ -59,4 +59,9 @@ for seed in 0 1; do
   test -e "$out/plain-$seed/checkpoints/best" || pathlm train "$here/plain.toml" --set out="$out" --set name="plain-$seed" --set seed="$seed" \
     --set data.corpus="$corpus" --set steps="$(python "$here/measure.py" match "$out/published-0" "$here/plain.toml")"
 done
+if test "$1" = english && ! test -e "$out/quarter-plain-0/checkpoints/best"; then  # as many parameters as a graph of width 16
+  pathlm train "$here/plain.toml" --set out="$out" --set name=quarter-plain-0 --set seed=0 --set data.corpus="$corpus" --set steps=285 --set eval_every=285 \
+    --set micro_rows=4 --set model.hidden_size=304 --set model.intermediate_size=816 --set model.num_attention_heads=8 \
+    --set model.num_key_value_heads=8 --set model.pre_blocks=7 --set optim.lr=1e-3
+fi
 python "$here/measure.py" table "$out" "$corpus"
