@@ -146,7 +146,7 @@ def signal_run(folder: File, *, tokens=CHINESE) -> File:
 def plain_run(folder: File) -> File:
     """A run of a plain decoder of which nothing is known but its training."""
     folder.mkdir(parents=True)
-    write(folder / "run.json", {"config": {}, "model": {"model_type": "brian", "pre_blocks": 6, "pool_blocks": 0, "post_blocks": 0}})
+    write(folder / "run.json", {"config": {}, "model": {"model_type": "brian", "pre_blocks": 5, "pool_blocks": 0, "post_blocks": 1}})
     rows = [{"step": s, "tokens": 64 * s, "stage": "plain", "loss/lm": 4 - s / 10} for s in (1, 10)]
     lines(folder / "metrics.jsonl", [*rows, {"step": 10, "tokens": 640, "stage": "plain", "validation/loss": 3.1}])
     return folder

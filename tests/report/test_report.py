@@ -70,6 +70,7 @@ def test_a_signal_graph_is_shown_with_its_energies_shares_and_neighbours(pages):
 def test_a_plain_run_says_which_commands_would_add_more(tmp_path):
     page = page_of(plain_run(tmp_path / "a plain run"))
     assert titles(page) == ["Training"]
+    assert "6, no pool" in page.text
     commands = [code.text for code in page.one("aside").all("code")]
     assert commands == [f"pathlm eval '{tmp_path}/a plain run'", f"pathlm trace '{tmp_path}/a plain run' \"a sentence\" --keep"]
 

@@ -127,9 +127,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if config.get("preset"):
         facts.append(("preset", str(config["preset"])))
     if run.family == "brian":
-        size = [run.model.get(name) for name in ("pre_blocks", "pool_blocks", "post_blocks")]
-        if all(isinstance(part, int) for part in size):
-            facts.append(("blocks", f"{size[0]} before, {size[1]} in the pool, {size[2]} after" if size[1] else f"{size[0]}, no pool"))
+        given = [run.model.get(name) for name in ("pre_blocks", "pool_blocks", "post_blocks")]
+        size = [part for part in given if isinstance(part, int)]
+        if len(size) == len(given):
+            facts.append(("blocks", f"{size[0]} before, {size[1]} in the pool, {size[2]} after" if size[1] else f"{sum(size)}, no pool"))
     if run.family == "brillm" and isinstance(run.model.get("vocab_size"), int):
         facts.append(("nodes", told(run.model["vocab_size"], 0)))
     if number(run.record.get("parameters")) is not None:
