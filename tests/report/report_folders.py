@@ -150,3 +150,44 @@ def plain_run(folder: File) -> File:
     rows = [{"step": s, "tokens": 64 * s, "stage": "plain", "loss/lm": 4 - s / 10} for s in (1, 10)]
     lines(folder / "metrics.jsonl", [*rows, {"step": 10, "tokens": 640, "stage": "plain", "validation/loss": 3.1}])
     return folder
+
+
+def asked_run(folder: File, *, right: float = 0.5) -> File:
+    """A plain run that was trained on tasks, and asked questions with known answers; `right` of the nearest needles are found."""
+    plain_run(folder)
+    tasks = {"needle:length=64,keys=1": 1.0, "copy": 1.0}
+    model = {"model_type": "brian", "pre_blocks": 5, "pool_blocks": 0, "post_blocks": 1}
+    write(folder / "run.json", {"config": {"data": {"corpus": "text", "tasks": tasks}}, "model": model})
+    rows = [
+        {"task": f"{task}:length={length},keys=1", "length": length, "answers": 100, "tokens": length - 3.0} | _answered(share, length)
+        for task, share in (("needle", right), ("hops", 0.25))
+        for length in (64, 256, 1024)
+    ]
+    by_cache = [{"length": length, "answers": 200} | _answered(right, length) for length in (64, 256, 1024)]
+    write(folder / "long-context.json", {"test": {"split": "test", "samples": 100, "rows": rows, "by_cache": by_cache}})
+    scores = [
+        {
+            "task": "copy",
+            "k": k,
+            "accuracy": 1 / k,
+            "low": 1 / k - 0.05,
+            "high": 1 / k,
+            "token_accuracy": 0.9,
+            "samples": 100,
+            "held_out": k > 1,
+        }
+        for k in (1, 2, 4)
+    ]
+    write(
+        folder / "synthetic.json",
+        {"validation": {"samples": 100, "rows": scores}, "test, budget 0.5": {"samples": 100, "rows": scores[:1]}},
+    )
+    choice = {"set": "next sentence", "correct": 12, "questions": 40, "accuracy": 0.3, "low": 0.18, "high": 0.45, "chance": 0.25}
+    ways = [choice | {"normalisation": way} for way in ("raw", "per_byte", "per_token")]
+    write(folder / "choices.json", {"validation": {"rows": ways}})
+    return folder
+
+
+def _answered(share: float, length: int):
+    cache = {"cache_bytes": 2048.0 * length, "cache_bytes_per_token": 2048.0, "cache_allocated": 4096.0 * length}
+    return {"samples": 100, "exact": estimate(share), "forced": estimate(share / 2)} | cache

@@ -17,7 +17,7 @@ from pathlm.report import pool, report
 from pathlm.report.charts import Line
 from pathlm.report.charts import lines as chart
 from pathlm.report.svg import Scale, fit
-from report_folders import SENTENCE, lines, plain_run, routed_path, routed_run, signal_path, signal_run, write
+from report_folders import SENTENCE, asked_run, lines, plain_run, routed_path, routed_run, signal_path, signal_run, write
 
 ROOT = File(__file__).parents[2]
 HOSTILE = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\u202eright to left", "שלום", "a\u2028b", "\x00"]
@@ -43,10 +43,17 @@ def signal(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(routed, signal):
-    """A page of each family, and one of several runs."""
-    everything = routed.parent / "both.html"
-    return {"routed": page_of(routed), "signal": page_of(signal), "both": page_of(routed, signal, out=everything)}
+def asked(tmp_path_factory):
+    """Two runs that were asked the same questions."""
+    home = tmp_path_factory.mktemp("runs")
+    return asked_run(home / "asked"), asked_run(home / "other", right=0.75)
+
+
+@pytest.fixture(scope="module")
+def pages(routed, signal, asked):
+    """A page of each family, one of several runs, and of runs that were asked questions."""
+    found = {"routed": page_of(routed), "signal": page_of(signal), "both": page_of(routed, signal, out=routed.parent / "both.html")}
+    return found | {"asked": page_of(asked[0]), "both asked": page_of(*asked, out=asked[0].parent / "both.html")}
 
 
 def test_a_routed_run_is_shown_with_everything_that_was_measured_of_it(pages):
@@ -73,6 +80,50 @@ def test_a_plain_run_says_which_commands_would_add_more(tmp_path):
     assert "6, no pool" in page.text
     commands = [code.text for code in page.one("aside").all("code")]
     assert commands == [f"pathlm eval '{tmp_path}/a plain run'", f"pathlm trace '{tmp_path}/a plain run' \"a sentence\" --keep"]
+
+
+def cells(page, caption):
+    """The cells of the table of this caption, row by row."""
+    table = next(table for table in page.all("table") if table.one("caption").text.startswith(caption))
+    return [[cell.text for cell in row.all() if cell.name in ("th", "td")] for row in table.one("tbody").all("tr")]
+
+
+def test_questions_with_known_answers_are_shown_with_their_intervals_and_what_the_cache_took(pages):
+    assert titles(pages["asked"]) == ["Training", "Long contexts", "Synthetic tasks", "Multiple choice"]
+    figures = [figure.one("h3").text for figure in pages["asked"].all("figure")]
+    assert figures[1:] == [
+        "Right answers by length, test", "Right answers by size of the cache, test", "Right answers by steps, validation",
+        "Right answers by steps, test, budget 0.5", "Right choices, validation",
+    ]  # fmt: skip
+    long = cells(pages["asked"], "Long contexts, test")
+    assert long[0] == ["needle: keys=1", "64", "0.500 (0.480–0.520)", "0.250 (0.230–0.270)", "128.0", "2,048", "100"]
+    assert [row[:2] for row in long[3:]] == [["hops: keys=1", "64"], ["hops: keys=1", "256"], ["hops: keys=1", "1,024"]]
+    assert cells(pages["asked"], "All tasks by size of the cache, test")[2][:3] == ["2,048.0", "1,024", "0.500 (0.480–0.520)"]
+    synthetic = cells(pages["asked"], "Synthetic tasks, validation")
+    assert synthetic[0] == ["copy", "1", "1.000* (0.950–1.000)", "0.900", "100"], "training may have met this prompt"
+    assert synthetic[2][:3] == ["copy", "4", "0.250 (0.200–0.250)"]
+    alone = list(pages["asked"].all("figure"))[4]
+    assert not list(alone.all("polyline", class_="line")), "a task with one number of steps is no line"
+    choices = cells(pages["asked"], "Multiple choice, validation")
+    assert choices[1] == ["next sentence", "per byte", "0.300 (0.180–0.450)", "0.250", "40"]
+    assert [code.text.split()[-1] for code in pages["asked"].one("aside").all("code")][-1] == "--keep", "nothing of this is missing"
+
+
+def test_runs_that_were_asked_the_same_are_compared_by_what_their_caches_took(pages):
+    beside = pages["both asked"].one("section", id="beside")
+    figure = next(figure for figure in beside.all("figure") if figure.one("h2").text == "Long contexts by size of the cache, test")
+    rows = [[cell.text for cell in row.all() if cell.name in ("th", "td")] for row in figure.one("tbody").all("tr")]
+    assert [row[:3] for row in rows[:4:3]] == [["asked", "64", "128.0"], ["other", "64", "128.0"]]
+    assert [row[3] for row in rows[:4:3]] == ["0.500 (0.480–0.520)", "0.750 (0.730–0.770)"]
+
+
+def test_a_run_of_tasks_or_text_says_how_it_would_be_asked(tmp_path):
+    run = asked_run(tmp_path / "run")
+    for name in ("long-context", "synthetic", "choices"):
+        (run / f"{name}.json").unlink()
+    commands = [code.text for code in page_of(run).one("aside").all("code")]
+    asks = [f"pathlm eval {run} --suite {name}" for name in ("long-context", "synthetic", "choices")]
+    assert [command for command in commands if "--suite" in command] == asks
 
 
 def test_several_runs_stand_side_by_side_and_one_after_the_other(pages):
@@ -193,7 +244,7 @@ def test_a_very_long_text_is_cut_within(tmp_path):
     assert "The first 24 of 999 steps." in page_of(signal).text and report(signal).bytes < 2e6
 
 
-@pytest.mark.parametrize("page", ["routed", "signal", "both"])
+@pytest.mark.parametrize("page", ["routed", "signal", "both", "asked", "both asked"])
 def test_every_picture_has_a_name_a_caption_and_its_numbers(pages, page):
     pictures = list(pages[page].all("svg"))
     assert pictures and all(len(svg.attributes["aria-label"]) > 20 and svg.attributes["role"] == "img" for svg in pictures)
@@ -203,7 +254,7 @@ def test_every_picture_has_a_name_a_caption_and_its_numbers(pages, page):
         assert list(figure.one("details").one("tbody").all("tr"))
 
 
-@pytest.mark.parametrize("page", ["routed", "signal", "both"])
+@pytest.mark.parametrize("page", ["routed", "signal", "both", "asked", "both asked"])
 def test_tables_have_headings_and_headings_are_in_order(pages, page):
     for table in pages[page].all("table"):
         assert table.one("caption").text and len(list(table.one("thead").all("th", scope="col"))) > 1
@@ -219,7 +270,7 @@ def test_tables_have_headings_and_headings_are_in_order(pages, page):
     assert pages[page].one("html").attributes["lang"] == "en" and pages[page].one("main")
 
 
-@pytest.mark.parametrize("page", ["routed", "signal", "both"])
+@pytest.mark.parametrize("page", ["routed", "signal", "both", "asked", "both asked"])
 def test_the_page_asks_for_nothing_from_anywhere(pages, page):
     for element in pages[page].all():
         for name in ("src", "href", "action", "data", "srcset"):
@@ -293,6 +344,9 @@ def test_a_damaged_record_is_refused_with_its_file_and_line(tmp_path, name, cont
         ("paths.jsonl", '{"family": "brian", "text": "x", "steps": 3}\n', "Sentences"),
         ("paths.jsonl", "\n\nnot JSON\n", "Sentences"),
         ("neighbours.jsonl", '{"node": "x"}\n', None),
+        ("long-context.json", '{"test": {"rows": [null], "by_cache": []}}', "Long contexts"),
+        ("synthetic.json", '{"test": {"rows": [{"task": "copy"}]}}', "Synthetic tasks"),
+        ("choices.json", '{"test": {"rows": 3}}', "Multiple choice"),
     ],
 )
 def test_a_damaged_file_that_may_be_absent_is_left_out_with_a_note(tmp_path, name, content, left_out):
@@ -303,6 +357,20 @@ def test_a_damaged_file_that_may_be_absent_is_left_out_with_a_note(tmp_path, nam
     notes = [note.text for note in page.all("p", class_="note")]
     assert notes and all(name in note and "not shown" in note for note in notes) and list(written.notes) == notes
     assert "Training" in titles(page) and left_out not in titles(page)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("long-context.json", '{"test": {"rows": [null], "by_cache": []}}'), ("routes.json", '{"validation": {"budgets": [3]}}')],
+)
+def test_a_damaged_file_of_one_run_leaves_the_other_runs_as_they_are(tmp_path, name, content):
+    make = asked_run if name == "long-context.json" else routed_run
+    runs = [make(tmp_path / "whole"), make(tmp_path / "damaged")]
+    (runs[1] / name).write_text(content)
+    written = report(runs, out=tmp_path / "page.html")
+    whole, damaged = parsed(written.file.read_bytes()).all("article")
+    notes = [note.text for note in damaged.all("p", class_="note")]
+    assert notes and all(name in note for note in notes) and not list(whole.all("p", class_="note"))
 
 
 def test_a_row_that_is_being_written_is_no_damage(tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from pathlm.report.svg import LETTER, NARROW, Drawing, Scale, both, breadth, compact, fit
+from pathlm.report.svg import LETTER, NARROW, Doublings, Drawing, Scale, both, breadth, compact, fit
 
 POINTS = 300
 """Points of a line at most; a longer one is drawn through means of neighbours."""
+
+LINES = 6
+"""Lines of a chart that are told apart at most; what further ones would show is in the tables."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Line:
     kind: str
     dots: bool = False
     hints: Sequence[str] = ()
+    between: Sequence[tuple[float, float]] = ()
+    """An interval around each point of a line with dots"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def lines(
     limits: tuple[float, float] | None = None,
     timeline: Timeline | None = None,
     level: tuple[float, str] | None = None,
+    doubling: bool = False,
 ) -> Markup:
     """Return a chart of lines.
 
@@ -68,9 +74,10 @@ def lines(
         limits: Lowest and highest number of the vertical axis; by default those of the lines.
         timeline: Stages in the background, and signs at the upper border.
         level: A dashed line across, and its kind.
+        doubling: Whether the horizontal axis goes equally far for every doubling; its numbers are those of the points.
     """
     bands, marks = (timeline.bands, timeline.marks) if timeline is not None else ((), ())
-    thin = [Line(_thinned(line.points), line.kind, line.dots, line.hints) for line in given if line.points]
+    thin = [replace(line, points=_thinned(line.points)) for line in given if line.points]
     xs = [x for line in thin for x, _ in line.points] + [x for band in bands for x in (band.start, band.end)]
     ys = [y for line in thin for _, y in line.points] + ([] if level is None else [level[0]])
     low, high = limits or _room(ys)
@@ -78,7 +85,7 @@ def lines(
     def draw(width: float) -> Drawing:
         drawing, top, bottom, left = Drawing(width, 274.0, label), 36.0, 232.0, 50.0
         right = width - 14.0
-        horizontal = Scale(min(xs), max(xs), left, right, ticks=4 if width == NARROW else 7)
+        horizontal = Doublings(xs, left, right) if doubling else Scale(min(xs), max(xs), left, right, ticks=4 if width == NARROW else 7)
         vertical = Scale(low, high, bottom, top + (18 if bands else 0))  # stages have their names above the lines
         for i, band in enumerate(bands):
             begin, end = horizontal.at(band.start), horizontal.at(band.end)
@@ -90,6 +97,8 @@ def lines(
             drawing.line([(left, vertical.at(level[0])), (right, vertical.at(level[0]))], f"line {level[1]}")
         for line in thin:
             drawing.line([(horizontal.at(x), vertical.at(y)) for x, y in line.points], f"line {line.kind}")
+            for (x, _), (least, most) in zip(line.points, line.between, strict=False):
+                drawing.line([(horizontal.at(x), vertical.at(least)), (horizontal.at(x), vertical.at(most))], f"whisker {line.kind}")
             for place, (x, y) in enumerate(line.points if line.dots else ()):
                 hint = line.hints[place] if line.hints else f"{compact(x)}: {y:.3f}"
                 drawing.add("circle", hint=hint, cx=horizontal.at(x), cy=vertical.at(y), r=3.4, class_=f"dot {line.kind}")

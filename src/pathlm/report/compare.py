@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from pathlm.report.charts import Dot, Line, dots, lines
+from pathlm.report import answers
+from pathlm.report.charts import LINES, Dot, Line, dots, lines
 from pathlm.report.figure import Figure, Missing, Section, number, table, told
-from pathlm.report.read import Run
+from pathlm.report.read import OTHER_FORM, Run
 from pathlm.report.routes import measured
 from pathlm.report.training import validation
-
-COLOURS = 6
-"""Lines that are told apart at most; further runs are in the tables."""
 
 
 def beside(runs: Sequence[Run]) -> list[Section]:
     """Return figures with a line for each run; none for a single run."""
     if len(runs) < 2:
         return []
-    drawn = runs[:COLOURS]
-    figures = [figure for figure in (_losses(drawn), _budgets(drawn)) if figure is not None]
+    drawn = runs[:LINES]
+    figures = [figure for figure in (_losses(drawn), _budgets(drawn)) if figure is not None] + answers.beside(runs)
     rows = [(run.name, *(value for _, value in ends(run))) for run in runs]
     heads = ("run", *(name for name, _ in ends(runs[0])))
     lead = "The same numbers for every run. Losses compare only between runs with the same tokenizer and the same text."
-    if len(runs) > COLOURS:
-        lead += f" Pictures show the first {COLOURS} of {len(runs)} runs."
+    if len(runs) > LINES:
+        lead += f" Pictures show the first {LINES} of {len(runs)} runs."
     return [Section("beside", "Side by side", lead, figures, [table(heads, rows, "Where the runs ended")])]
 
 
@@ -98,10 +97,11 @@ def _by_tokens(run: Run) -> list[tuple[float, float]]:
 def _budgets(runs: Sequence[Run]) -> Figure | None:
     curves = []
     for run in runs:
-        split, entry = measured(run)
-        points = sorted((float(point["block_evaluations"]), float(point["loss"])) for point in entry.get("budgets") or ())
-        if points:
-            curves.append((run, split, points))
+        with suppress(*OTHER_FORM):  # its own chapter has a note of that
+            split, entry = measured(run)
+            points = sorted((float(point["block_evaluations"]), float(point["loss"])) for point in entry.get("budgets") or ())
+            if points:
+                curves.append((run, split, points))
     if len(curves) < 2:
         return None
     given = [Line(points, f"s{i}", dots=True) for i, (_, _, points) in enumerate(curves)]

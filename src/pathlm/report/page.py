@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pathlm.report import compare, passages, routes, signals, training
+from pathlm.report import answers, compare, passages, routes, signals, training
 from pathlm.report.figure import Chapter, Missing, Section, number, told
-from pathlm.report.read import Run, read, require
+from pathlm.report.read import OTHER_FORM, Run, read, require
 from pathlm.words import visible
 
 MARK = '<meta name="generator" content="pathlm report">'
@@ -97,6 +97,9 @@ def _chapter(run: Run, key: str) -> Chapter:
     found: list[tuple[str, Callable[[], tuple[list[Section], list[Missing]]]]] = [
         ("metrics.jsonl or gates.jsonl", lambda: _listed(training.section(run))),
         ("eval.json", lambda: _listed(compare.results(run))),
+        ("long-context.json", lambda: _listed(answers.long_contexts(run))),
+        ("synthetic.json", lambda: _listed(answers.synthetic(run))),
+        ("choices.json", lambda: _listed(answers.choices(run))),
         ("routes.json or paths.jsonl", lambda: _listed(routes.where(run))),
         ("paths.jsonl", lambda: _listed((sentences, [] if sentences else [Missing("sentences with the path of every token", trace)]))),
         ("paths.jsonl or neighbours.jsonl", lambda: signals.section(run, trace)),
@@ -105,7 +108,7 @@ def _chapter(run: Run, key: str) -> Chapter:
     for name, make in found:
         try:
             sections, missing = make()
-        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except OTHER_FORM as error:
             run.notes.append(f"{run.folder / name} is not of the form that is expected here ({error!r}); what it holds is not shown")
             continue
         chapter.sections += sections

@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 from pathlm.path import NEIGHBOURS, PATHS, Neighbours, Path, read_neighbours, read_paths
 
 T = TypeVar("T")
-FILES = ("run.json", "metrics.jsonl", "gates.jsonl", "gates.json", "eval.json", "routes.json", PATHS, NEIGHBOURS)
+ANSWERS = ("long-context.json", "synthetic.json", "choices.json")
+FILES = ("run.json", "metrics.jsonl", "gates.jsonl", "gates.json", "eval.json", "routes.json", *ANSWERS, PATHS, NEIGHBOURS)
 """Files of a run folder that a page is made of; any of them may be absent, but not all."""
+OTHER_FORM = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""What goes wrong where a file is JSON but not of the form that is expected"""
 TOKENS, NODES = 600, 400
 """Tokens of routed texts, and nodes of signals, that are shown at most; all are counted."""
 TRAVELS = 50_000
@@ -32,6 +35,9 @@ class Run:
     """What `pathlm gates` said last"""
     evaluations: dict[str, Any] = field(default_factory=dict)
     routes: dict[str, Any] = field(default_factory=dict)
+    long_contexts: dict[str, Any] = field(default_factory=dict)
+    synthetic: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
     texts: list[list[Path]] = field(default_factory=list)
     """The first traced texts, a path per token (BRIAN) or one path each (BriLLM)"""
     traced: int = 0
@@ -97,6 +103,7 @@ def read(folder: File | str) -> Run:
     run.judged = _optional(run, "gates.json", lambda file: [_mapping(row) for row in _object(file)["rows"]]) or []
     run.evaluations = _optional(run, "eval.json", _object) or {}
     run.routes = _optional(run, "routes.json", _object) or {}
+    run.long_contexts, run.synthetic, run.choices = (_optional(run, name, _object) or {} for name in ANSWERS)
     _optional(run, PATHS, lambda file: _take_paths(run, read_paths(file)))
     run.neighbours = _optional(run, NEIGHBOURS, lambda file: list(read_neighbours(file))) or []
     return run

@@ -79,6 +79,25 @@ class Scale:
         return f"{tick:.{max(-math.floor(math.log10(self._step) + 1e-9), 0)}f}"
 
 
+class Doublings(Scale):
+    """From numbers above 0 to places, equally far for every doubling. Its ticks are the numbers themselves, as far as they have room."""
+
+    def __init__(self, numbers: Sequence[float], start: float, end: float) -> None:
+        super().__init__(math.log2(min(numbers)), math.log2(max(numbers)), start + 2 * LETTER, end - 2 * LETTER)
+        self.ticks = []
+        for number in sorted(set(numbers)):
+            if not self.ticks or self.at(number) - self.at(self.ticks[-1]) > 7 * LETTER:
+                self.ticks.append(number)
+
+    def at(self, value: float) -> float:
+        """Return the place of a number above 0."""
+        return super().at(math.log2(value))
+
+    def told(self, tick: float) -> str:
+        """Return a number in few letters."""
+        return compact(tick)
+
+
 def compact(number: float) -> str:
     """Return a count in few letters: 1,500 as 1,500, 25,000 as 25k, 1,200,000 as 1.2M."""
     for size, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
