@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 import torch
+from served import wait_for
 
 from pathlm import Path
 from pathlm.evaluate.checkpoint import open_model
@@ -240,6 +241,17 @@ def test_a_body_that_is_no_json_object_is_told_so(client, body, kind, said):
     assert answer.status_code == 400 and error["param"] is None and said in error["message"], error
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/completions", "POST"), ("PUT", "/v1/paths", "POST"), ("POST", "/v1/models", "GET"), ("DELETE", "/health", "GET")],
+)
+def test_who_asks_with_another_method_is_told_the_right_one(client, method, path, allowed):
+    answer = client.request(method, path)
+    assert answer.status_code == 405 and answer.headers["allow"] == allowed
+    assert answer.json()["error"]["message"] == f"{method} {path}: use {allowed}"
+    assert client.post("/nothing").status_code == 404 and client.head("/").status_code == 200
+
+
 def test_half_a_character_is_answered_with_its_field(client):
     for path, field in (("completions", "prompt"), ("paths", "input")):
         content = b'{"model": "routed", "%s": "\\ud800"}' % field.encode()
@@ -260,8 +272,9 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
     assert "access-control-allow-origin" not in client.get("/v1/models", headers={"origin": "http://elsewhere"}).headers
 
 
-def test_what_is_counted_can_be_read_by_prometheus(client):
+def test_what_is_counted_can_be_read_by_prometheus(running, client):
     client.post("/v1/completions", json={"model": "llama", "prompt": "a", "max_tokens": 3})
+    wait_for(lambda: not running.rows())  # an answer may come before the round ends that wrote its last token
     text = client.get("/metrics").text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines['pathlm_tokens_total{model="llama",kind="completion"}']) >= 1

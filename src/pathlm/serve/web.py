@@ -180,13 +180,15 @@ def build(models: dict[str, Served], *, limits: Limits, api_key: str | None = No
         yield
         await asyncio.to_thread(service.worker.stop)
 
-    app = FastAPI(title="pathlm", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="pathlm", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.service = service
     _add_models(app, service)
     _add_completions(app, service)
     _add_paths(app, service)
     _add_health(app, service)
-    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    page = StaticFiles(directory=PAGE, html=True)
+    for path in ("/", *(f"/{file.name}" for file in PAGE.iterdir())):  # one by one: a mount of / would answer for the routes above
+        app.add_route(path, page, methods=["GET"], include_in_schema=False)  # type: ignore[arg-type]
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _explain)
     known = {route.path for route in app.routes if hasattr(route, "path")}
@@ -341,6 +343,9 @@ async def _explain(request: Request, error: Exception) -> Response:
         refusal = error
     elif isinstance(error, RequestValidationError):
         refusal = _first_complaint(error.errors())
+    elif isinstance(error, HTTPException) and error.status_code == 405:
+        headers = dict(error.headers or {})
+        refusal = Refusal(405, f"{request.method} {request.url.path}: use {headers['Allow']}", headers=headers)
     elif isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     else:
