@@ -110,10 +110,10 @@ def test_a_name_that_points_here_is_not_answered(start):
     assert httpx.get(running.url, headers={"host": "evil.example"}).status_code == 403
 
 
-def test_a_server_that_is_told_to_stop_finishes_what_runs(folders):
+def test_a_server_that_is_told_to_stop_finishes_what_runs_and_says_so_to_others(folders):
     console = Console(record=True, width=100, file=io.StringIO())
     running = Running(app([folders["graph"]], limits=limits()), console=console)
-    slow(running)
+    slow(running, 0.05)
     lines, found = [], []
 
     def listen():
@@ -125,22 +125,41 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(folders):
         thread.start()
     wait_for(lambda: len(running.rows()) == 2 and lines == [])
     running.server.handle_exit(signal.SIGTERM, None)
-    wait_for(lambda: not running.server.started or running.service.stopping)
-    assert refused(running)
+    for _ in range(3):
+        time.sleep(0.2)
+        health, refused = httpx.get(f"{running.url}/health"), post(running, LONG)
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})
+        assert refused.status_code == 503 and refused.json()["error"] | {"message": ""} == STOPPING
     assert "stopping: answers that run have 5 s" in console.export_text()
     for thread in (*threads, running.thread):
         thread.join()
     assert lines[-2] == "data: [DONE]" and found[0].json()["choices"][0]["finish_reason"] in ("length", "stop")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{running.url}/health")
 
 
-def refused(running):
-    """Whether new requests are refused: by an error at first, and then by nobody listening."""
-    for _ in range(100):
-        try:
-            assert post(running, LONG).status_code == 503
-        except httpx.HTTPError:
-            return True
-    return False
+STOPPING = {"message": "", "type": "server_error", "param": None, "code": "stopping"}
+
+
+@pytest.mark.parametrize("round_", [0.05, 4], ids=["between two tokens", "within a long pass"])
+def test_a_second_ctrl_c_ends_what_runs_at_once_and_quietly(folders, capfd, round_):
+    console = Console(record=True, width=100, file=io.StringIO())
+    running = Running(app([folders["graph"]], limits=limits(grace=60)), console=console)
+    slow(running, round_)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(post(running, LONG)))
+    thread.start()
+    wait_for(lambda: len(running.rows()) == 1)
+    running.server.handle_exit(signal.SIGINT, None)
+    time.sleep(0.3)
+    began = time.monotonic()
+    running.server.handle_exit(signal.SIGINT, None)
+    for ends in (running.thread, thread):
+        ends.join()
+    assert time.monotonic() - began < 3
+    assert console.export_text().splitlines()[-1] == "stopped: answers that ran were cut off"
+    assert capfd.readouterr().err == ""
+    assert found[0].status_code == (503 if round_ < 1 else 500)
 
 
 def test_what_runs_when_the_grace_is_over_is_told_so(folders):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
 import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,29 +23,53 @@ from pathlm.serve import app
 from pathlm.serve.limits import Limits
 
 KEY_VARIABLE = "PATHLM_API_KEY"
+PATIENCE = 1
+"""Seconds that those whose answers have been ended get to hear of it"""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which lets answers that run be finished within a time and then ends them with a word."""
+    """Uvicorn, which lets answers that run be finished within a time and then ends them with a word.
+
+    Until they have ended it goes on listening, so that `/health` and whoever asks for more hear that it is stopping.
+    """
 
     def __init__(self, application: Any, *, host: str, port: int, limits: Limits, console: Console | None = None):
-        # What has not ended by itself is ended by us, and told so, before connections are cut.
-        wait = int(limits.grace) + 5
-        super().__init__(uvicorn.Config(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=wait))
+        super().__init__(uvicorn.Config(application, host=host, port=port, log_level="warning"))
         self._service, self._grace, self._console = application.state.service, limits.grace, console
+        self._until = math.inf
+        self._cut = False
+
+    async def main_loop(self) -> None:
+        """Listen until told to stop, and then until the answers that run have ended."""
+        await super().main_loop()
+        self._service.stopping = True
+        self._until = min(self._until, time.monotonic() + self._grace + PATIENCE)
+        while not self._service.worker.idle and time.monotonic() < self._until:
+            await asyncio.sleep(0.05)
+        left = math.ceil(self._until - time.monotonic())
+        self.config.timeout_graceful_shutdown = max(left, PATIENCE)  # for what is written, and still on its way to a client
+        self.force_exit = self._cut and not self._service.worker.idle
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop: no new requests, and a time limit for those that run."""
-        if not self._service.stopping:
+        """Begin to stop: no new requests, and a time limit for those that run. Another Ctrl-C ends them at once."""
+        if not self.should_exit:
             self._service.stopping = True
-            if self._console is not None:
-                said = f"stopping: answers that run have {self._grace:g} s, another Ctrl-C ends them at once"
-                self._console.print(said, highlight=False, markup=False, soft_wrap=True)
+            self._say(f"stopping: answers that run have {self._grace:g} s, another Ctrl-C ends them at once")
             timer = threading.Timer(self._grace, self._service.worker.fail, args=["the server is stopping, and its time is up"])
             timer.daemon = True
             timer.start()
-        super().handle_exit(sig, frame)
+            super().handle_exit(sig, frame)
+        elif sig == signal.SIGINT and not self._cut:
+            self._cut = True
+            self._say("stopped: answers that ran were cut off")
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no mistake to be traced
+            self._service.worker.fail("the server has been stopped")
+            self._until = time.monotonic() + PATIENCE
+
+    def _say(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def run(

@@ -19,7 +19,14 @@ class Worker:
         self._more = threading.Condition()
         self._ends = False
         self._failing = ""
+        self._rests = False
         self._thread = threading.Thread(target=self._run, name="pathlm-serve", daemon=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row is at work, and none waits."""
+        with self._more:
+            return self._rests and all(engine.idle for engine in self._engines)
 
     def start(self) -> None:
         """Begin to work."""
@@ -49,7 +56,9 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._more:
+                self._rests = True
                 self._more.wait_for(lambda: self._ends or self._failing or not all(engine.idle for engine in self._engines))
+                self._rests = False
                 ends, failing, self._failing = self._ends, self._failing, ""
             if failing or ends:
                 for engine in self._engines:
