@@ -257,7 +257,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; any place but loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="File with the key that requests must bring (or $PATHLM_API_KEY).")] = None,
-    rows: Annotated[int, typer.Option(help="Answers that one model writes at once.")] = 32,
+    rows: Annotated[int, typer.Option(help="Answers that one model writes at once, at most half of them of one request.")] = 32,
     queue: Annotated[int, typer.Option(help="Answers that may wait for that.")] = 128,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 4096,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,

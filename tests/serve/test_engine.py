@@ -213,6 +213,37 @@ def test_never_more_rows_run_than_are_allowed_and_nobody_is_passed_over(plain):
     assert order == sorted(order)
 
 
+def test_one_request_takes_half_of_the_rows_at_most_and_the_next_place_is_for_who_has_the_fewest(plain):
+    engine, ended = Engine(plain, rows=4), []
+
+    def submit(owner, count, new):
+        for request in some(count, new=new):
+            engine.submit(request, lambda event: ended.append(owner) if event.stopped else None, owner=owner)
+
+    def at_work():
+        return sorted(row.owner for row in engine.rows)
+
+    submit("many", 6, 12)
+    engine.round()
+    assert at_work() == ["many"] * 2, "half of the rows are left for others"
+    submit("late", 1, 2)
+    engine.round()
+    assert at_work() == ["late", "many", "many"]
+    submit("more", 6, 20)
+    engine.round()
+    assert ended == ["late"] and at_work() == ["many", "many", "more"]
+    engine.round()
+    assert at_work() == ["many", "many", "more", "more"]
+    submit("last", 1, 2)
+    while "last" not in ended:
+        engine.round()
+        assert len(engine.rows) <= 4
+    assert ended == ["late", "many", "many", "last"], "a request that has none at work comes before those that waited longer"
+    while not engine.idle:
+        engine.round()
+    assert len(ended) == 14
+
+
 def test_a_long_prompt_does_not_keep_the_others_waiting(plain, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 8)
     engine, running, late = Engine(plain), Heard(), Heard()

@@ -68,6 +68,20 @@ def test_who_finds_the_queue_full_is_told_to_come_again(start):
     assert [answer.status_code for answer in found] == [200] * 3
 
 
+def test_an_answer_of_one_client_is_not_kept_waiting_by_many_of_another(start):
+    running = start("graph", limits=limits(rows=4, queue=40))
+    slow(running)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(post(running, LONG | {"n": 32, "max_tokens": 60})))
+    thread.start()
+    wait_for(lambda: len(running.rows()) == 32)
+    began = time.monotonic()
+    assert post(running, LONG | {"max_tokens": 3}).status_code == 200
+    assert time.monotonic() - began < 3 and len(running.rows()) >= 30, "it is written beside the first of them, and not after"
+    running.service.worker.fail("enough")
+    thread.join()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_ended(start, stream):
     running = start("graph", limits=limits(max_seconds=1))

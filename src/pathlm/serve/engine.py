@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,8 +76,9 @@ Listener = Callable[[Event], bool]
 class Row:
     """A request at work."""
 
-    def __init__(self, request: Request, listener: Listener, *, context: int | None):
+    def __init__(self, request: Request, listener: Listener, *, context: int | None, owner: Hashable = None):
         self.request, self._listener = request, listener
+        self.owner: Hashable = self if owner is None else owner
         wanted, room = request.max_new_tokens, math.inf if context is None else context - len(request.prompt)
         self.limit = int(min(wanted, room))
         self.at_limit: Reason = "length" if wanted <= room else "context"
@@ -133,6 +134,8 @@ class Engine:
         if rows < 1:
             raise ValueError(f"rows={rows}: must be at least 1")
         self.model, self.most_rows, self.clock = model.eval(), rows, clock
+        self.most_of_one = max(rows // 2, 1)
+        """Rows of one owner that work at once: the others are left for others, who would wait until an answer ends"""
         self.context = context_of(model)
         self.waiting: deque[Row] = deque()
         self._reading: deque[_Group] = deque()
@@ -143,9 +146,12 @@ class Engine:
         self.joins = probe.can_join and probe.can_select
         """Whether the model's memory lets rows share it; where it does not, each row has its own, and runs by itself"""
 
-    def submit(self, request: Request, listener: Listener) -> Row:
-        """Let a row wait for its turn; from any thread. Its listener hears of it in the engine's thread."""
-        row = Row(request, listener, context=self.context)
+    def submit(self, request: Request, listener: Listener, *, owner: Hashable = None) -> Row:
+        """Let a row wait for its turn; from any thread. Its listener hears of it in the engine's thread.
+
+        Rows of one `owner` share its turns; without one a row is its own.
+        """
+        row = Row(request, listener, context=self.context, owner=owner)
         self.waiting.append(row)
         return row
 
@@ -203,19 +209,30 @@ class Engine:
                     self.waiting.append(row)
 
     def _admit(self) -> None:
-        """Begin with rows that wait, in their order: several short prompts of a lane are read together, a long one in chunks."""
-        free = self.most_rows - len(self.rows)
-        while self.waiting and free > 0:
-            first = self.waiting.popleft()
-            rows, longest = [first], len(first.request.prompt)
-            while self.waiting and len(rows) < free and self.joins and _plain(first) and _plain(self.waiting[0]):
-                longest = max(longest, len(self.waiting[0].request.prompt))
-                if _lane(self.waiting[0]) != _lane(first) or (len(rows) + 1) * longest > CHUNK:
+        """Begin with rows that wait, in turn: several short prompts of a lane are read together, a long one in chunks."""
+        at_work = Counter(row.owner for row in self.rows)
+        free = self.most_rows - at_work.total()
+        while free > 0 and (first := self._next(at_work)):
+            rows, longest = [self._take(first, at_work)], len(first.request.prompt)
+            while len(rows) < free and self.joins and _plain(first) and (another := self._next(at_work)) and _plain(another):
+                longest = max(longest, len(another.request.prompt))
+                if _lane(another) != _lane(first) or (len(rows) + 1) * longest > CHUNK:
                     break
-                rows.append(self.waiting.popleft())
+                rows.append(self._take(another, at_work))
             free -= len(rows)
             options = dict(first.request.options) | ({"trace": True} if first.request.trace else {})
             self._reading.append(_Group(rows, Batch(self.model, options)))
+
+    def _next(self, at_work: Counter[Hashable]) -> Row | None:
+        """Return the first row that waits of the owner with the fewest at work, None where all have as many as they may."""
+        allowed = [row for row in list(self.waiting) if at_work[row.owner] < self.most_of_one]
+        return min(allowed, key=lambda row: at_work[row.owner], default=None)
+
+    def _take(self, row: Row, at_work: Counter[Hashable]) -> Row:
+        """Let a row wait no more."""
+        self.waiting.remove(row)
+        at_work[row.owner] += 1
+        return row
 
     def _read_chunk(self, group: _Group) -> bool:
         """Read the next chunk of prompts; say whether they have been read."""

@@ -10,7 +10,7 @@ class Limits:
     """Bounds of a server. A request beyond one is refused with an error that names it."""
 
     rows: int = 32
-    """Rows that one model writes at once"""
+    """Rows that one model writes at once, at most half of them of one request"""
     queue: int = 128
     """Rows that may wait for that, those of a new request included"""
     max_prompt_tokens: int = 4096

@@ -33,9 +33,10 @@ class Worker:
         self._thread.start()
 
     def submit(self, engine: Engine, asked: Sequence[tuple[Request, Listener]]) -> list[Row]:
-        """Let rows wait for their turn in one of the engines."""
+        """Let the rows of one request wait for their turn in one of the engines."""
         with self._more:
-            rows = [engine.submit(request, listener) for request, listener in asked]
+            owner = object()
+            rows = [engine.submit(request, listener, owner=owner) for request, listener in asked]
             self._more.notify()
         return rows
 
