@@ -15,6 +15,7 @@ from pathlm import trace
 from pathlm.cli import app
 from pathlm.generate import generate, run, stream
 from pathlm.path import Path, Step, read_neighbours, read_paths
+from pathlm.words import spelled
 from test_generate import make_gpt2, make_llama, make_tokenizer
 
 TEXTS = ["The people of the Union.", "春眠不觉晓 😀"]
@@ -164,6 +165,25 @@ def test_text_that_would_disturb_a_terminal_is_shown_as_signs(text, expected):
     assert trace.readable(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "expected", "text"),
+    [
+        (["a", "\\xe6", "\\x98", "\\xa5", "b"], ["a", "春 1/3", "春 2/3", "春 3/3", "b"], "a◌◌春b"),
+        ([" \\xc3", "\\xa9t"], [" é 1/2", "é 2/2t"], " ◌ét"),
+        (["\\xf0\\x9f\\x98", "\\x80\\xe6", "\\x98\\xa5"], ["😀 1/2", "😀 2/2春 1/2", "春 2/2"], "◌😀◌春"),
+        (["\\xe6", "\\x98", "b"], ["\\xe6", "\\x98", "b"], "\\xe6\\x98b"),
+        (["\\xe6", "\\xc3", "\\xa9"], ["\\xe6", "é 1/2", "é 2/2"], "\\xe6◌é"),
+        (["\\x98", "\\xe6"], ["\\x98", "\\xe6"], "\\x98\\xe6"),
+        (["\\x41", "\ud800", "\ufffd"], ["\\x41", "\ud800", "\ufffd"], "\\x41\ud800\ufffd"),
+        ([], [], ""),
+    ],
+)
+def test_tokens_that_share_a_character_say_so_and_the_last_one_spells_it(names, expected, text):
+    found = spelled(names)
+    assert [it.name for it in found] == expected
+    assert "".join(it.text for it in found) == text
+
+
 def test_neighbours_are_joined_within_the_route_and_around_it_but_not_across():
     nodes = [*(f"block:{i}" for i in range(1, 11)), "exit", *(f"block:{i}" for i in range(11, 16))]
     path = Path("brian", "x", tuple(Step(name, 1.0) for name in nodes), first=4)
@@ -295,6 +315,19 @@ def test_the_generate_command_takes_a_budget(folder):
 
 def test_a_routed_model_cannot_be_traced_from_disk(folder):
     assert "only a signal graph (brillm) can stay on disk" in command("trace", folder, "The", "--mmap").stderr
+
+
+def test_characters_of_several_tokens_are_whole_on_the_terminal_and_explained():
+    halves = ["\\xe6", "\\x98", "\\xa5"]
+    shown = printed([[one("a", 2), *(one(half, 3) for half in halves), one("b", 2)]])
+    assert [" ".join(line.split()[:2]) for line in shown.splitlines()[2:5]] == ["春 1/3", "春 2/3", "春 3/3"]
+    assert "a²◌³◌³春³b²" in shown
+    assert "春 1/3 is the first of the 3 tokens that spell 春; in the text ◌ stands for it" in shown
+    nodes = [Step("a", 0.0), *(Step(half, 1.0, (("\\x95", 0.5),), (("step:1", 1.0),)) for half in halves)]
+    signal = printed([[Path("brillm", "a春", tuple(nodes))]], width=140)
+    assert "春 1/3(1) 100%" in signal and "a◌◌春" in signal and "in the text ◌ stands for it" in signal
+    assert "\\x95 is a byte, no whole character" in signal, "a rival cannot be joined with anything"
+    assert "is a byte" not in shown and "is a byte" in printed([[one("\\xe6")]]) and "◌" not in printed([[one("é")]])
 
 
 def signal_path():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from pathlm.evaluate.checkpoint import check_budget, check_share, evaluating, open_model, run_folder
 from pathlm.generate import context_of, encode_prompt
@@ -16,7 +18,7 @@ from pathlm.models import family
 from pathlm.path import NEIGHBOURS, PATHS, Path, write_neighbours, write_paths
 from pathlm.trace import routes, signals
 from pathlm.trace.routes import COLOURS, Scale, cost, route, sentence, steps, table
-from pathlm.words import label, readable
+from pathlm.words import BYTE, label, readable, spelled
 
 __all__ = ["COLOURS", "Scale", "cost", "label", "readable", "route", "run", "sentence", "show", "steps", "table", "trace"]
 
@@ -87,4 +89,18 @@ def trace(model: Any, tokenizer: Any, texts: Sequence[str], *, budget: float | N
 
 def show(found: Sequence[Sequence[Path]], console: Console) -> None:
     """Print the paths of some texts: a line per token, and the text in colours; the families differ in what a line tells."""
-    (signals if any(path.family == "brillm" for paths in found for path in paths) else routes).show(found, console)
+    graph = any(path.family == "brillm" for paths in found for path in paths)
+    (signals if graph else routes).show(found, console)
+    texts = [[step.node for step in path.steps] for paths in found for path in paths] if graph else [[p.text for p in ps] for ps in found]
+    rivals = [name for paths in found for path in paths for step in path.steps for name, _ in step.rivals] if graph else []
+    for line in _about_bytes(texts, rivals):
+        console.print(Text(line, "dim"))
+
+
+def _about_bytes(texts: Sequence[Sequence[str]], rivals: Sequence[str]) -> Iterator[str]:
+    """Yield what names mean that hold a part of a character, where there are some."""
+    spellings = [spelling for names in texts for spelling in spelled(names)]
+    if part := next((found for it in spellings if (found := re.search(r"(.) 1/([2-4])$", it.name)) and it.text.endswith("◌")), None):
+        yield f"{part[0]} is the first of the {part[2]} tokens that spell {part[1]}; in the text ◌ stands for it"
+    if byte := next((found for name in [*(it.name for it in spellings), *rivals] if (found := BYTE.search(name))), None):
+        yield f"{byte[0]} is a byte, no whole character"

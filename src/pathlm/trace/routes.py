@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pathlm.path import Path, Step
-from pathlm.words import fitted, label, readable
+from pathlm.words import fitted, label, readable, spelled
 
 COLOURS = ("#8ecae6", "#b7e4c7", "#e9f5a5", "#ffe066", "#ffb870", "#ff8a80")
 """From few steps to many; dark text is readable on all of them."""
@@ -83,7 +83,7 @@ def table(paths: Sequence[Path], scale: Scale | None = None) -> Table:
     shown.add_column("path", overflow="fold")
     shown.add_column("p", justify="right", no_wrap=True)
     shown.add_column("almost", no_wrap=True)
-    for path in paths:
+    for path, spelling in zip(paths, spelled([path.text for path in paths]), strict=True):
         probability = 1.0
         for step in path.steps:
             probability *= step.score
@@ -91,7 +91,7 @@ def table(paths: Sequence[Path], scale: Scale | None = None) -> Table:
         node, score = max(rivals, key=lambda rival: rival[1], default=("", 0.0))
         almost = f"{label(node)} {score:.2f}" if node else ""
         numbers = (scale.bar(steps(path)), str(path.evaluations or "–"), _shaded(path), f"{probability:.3f}")
-        shown.add_row(Text(fitted(path.text)), *numbers, Text(almost, style="dim"))
+        shown.add_row(Text(fitted(spelling.name)), *numbers, Text(almost, style="dim"))
     return shown
 
 
@@ -99,9 +99,9 @@ def sentence(paths: Sequence[Path], scale: Scale | None = None, *, coloured: boo
     """Return the text of some tokens, each in the colour of its route steps, or with their number behind it."""
     scale = scale or Scale([steps(path) for path in paths])
     text = Text()
-    for path in paths:
+    for path, spelling in zip(paths, spelled([path.text for path in paths]), strict=True):
         count = steps(path)
-        text.append(readable(path.text), scale.style(count) if coloured else None)
+        text.append(readable(spelling.text), scale.style(count) if coloured else None)
         if not coloured:
             text.append(str(count).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")))
         if "\n" in path.text:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pathlm.path import Path, Step
-from pathlm.words import fitted, readable
+from pathlm.words import fitted, readable, spelled
 
 SURE, CLOSE, BEATEN = "#b7e4c7", "#ffe066", "#ff8a80"
 """Colours of a node that most energy arrived at, one that shares the first place, and one that others were ahead of."""
@@ -44,23 +44,24 @@ def table(path: Path) -> Table:
     shown.add_column("made of", overflow="fold")
     shown.add_column("rivals", overflow="fold")
     highest = max((step.score for step in path.steps), default=0.0)
+    names = [spelling.name for spelling in spelled([step.node for step in path.steps])]
     for number, step in enumerate(path.steps):
         if number == 0:
-            shown.add_row("0", Text(fitted(step.node)), Text("–", "dim"), "", Text("the initial signal starts here", "dim"), "")
+            shown.add_row("0", Text(fitted(names[0])), Text("–", "dim"), "", Text("the initial signal starts here", "dim"), "")
             continue
         cells = max(round(step.score / highest * BAR), 0) if highest else 0
         energy = Text.assemble(("█" * cells, _colour(step)), " " * (BAR - cells), f" {step.score:.3f}")
         margin = Text("" if step.margin is None else f"{step.margin:+.3f}", _colour(step))
         rivals = Text("  ".join(f"{_named(name)} {energy:.3f}" for name, energy in step.rivals[:RIVALS]), "dim")
-        shown.add_row(str(number), Text(fitted(step.node)), energy, margin, _made_of(step, path), rivals)
+        shown.add_row(str(number), Text(fitted(names[number])), energy, margin, _made_of(step, names), rivals)
     return shown
 
 
 def sentence(path: Path, *, coloured: bool = True) -> Text:
     """Return the text, each node in the colour of its margin; without colours, the nodes that others were ahead of in brackets."""
     text = Text()
-    for number, step in enumerate(path.steps):
-        word = readable(step.node)
+    for number, (step, spelling) in enumerate(zip(path.steps, spelled([step.node for step in path.steps]), strict=True)):
+        word = readable(spelling.text)
         if coloured:
             text.append(word, Style(color="#1a1a1a", bgcolor=_colour(step)) if number else None)
         else:
@@ -86,13 +87,13 @@ def _colour(step: Step) -> str:
     return SURE if margin is None or margin > 0 else CLOSE if margin == 0 else BEATEN
 
 
-def _made_of(step: Step, path: Path) -> Text:
+def _made_of(step: Step, names: Sequence[str]) -> Text:
     """Return the largest parts of an energy in percent, and the sum of the others."""
     if not step.score or not step.parts:
         return Text()
     largest = sorted(step.parts, key=lambda part: -abs(part[1]))
     shown, others = largest[:MADE_OF], largest[MADE_OF:]
-    text = Text("  ").join(_part(_source(name, path), number / step.score) for name, number in shown)
+    text = Text("  ").join(_part(_source(name, names), number / step.score) for name, number in shown)
     if others:
         text.append(f"  {len(others)} other{'s' * (len(others) > 1)} {_percent(sum(number for _, number in others) / step.score)}", "dim")
     return text
@@ -106,10 +107,10 @@ def _part(name: str, share: float) -> Text:
     return Text.assemble(name, (f" {_percent(share)}", "bold" if share > 0 else "red"))
 
 
-def _source(name: str, path: Path) -> str:
+def _source(name: str, names: Sequence[str]) -> str:
     """Return the node of a step that a part comes from, with its number; other parts by their names."""
     place = 0 if name == "signal" else int(name.removeprefix("step:")) if name.startswith("step:") else None
-    return name if place is None else f"{fitted(path.steps[place].node, 12)}({place})"
+    return name if place is None else f"{fitted(names[place], 12)}({place})"
 
 
 def _named(node: str) -> str:
