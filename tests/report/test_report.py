@@ -169,6 +169,20 @@ def test_a_sentence_is_coloured_by_depth_and_every_text_is_a_sentence(tmp_path):
     assert data[0][1]["steps"][1] == ["B2", 0.75, [["B2", 0.125], ["OUT", 0.125]]] and data[0][1]["chosen"] == 3
 
 
+@pytest.mark.parametrize("family", ["routed", "signal"])
+def test_characters_of_several_tokens_are_whole(tmp_path, family):
+    halves = ["<s>", "\\xe6", "\\x98", "\\xa5", "\\xff"]
+    run = routed_run(tmp_path / "run", texts=[halves]) if family == "routed" else signal_run(tmp_path / "run", tokens=halves)
+    page = page_of(run)
+    tokens = list(page.all("span", class_="token"))
+    assert [token.text for token in tokens] == ["<s>", "◌", "◌", "春", "\\xff"], "bytes that are no character stay as they are"
+    assert [token.attributes["data-said"].split(",")[0] for token in tokens[1:4]] == ["春 1/3", "春 2/3", "春 3/3"]
+    sentences = page.one("section", id="r1-sentences").text
+    assert "xe6" not in sentences and "xff" in sentences and "◌ is a part of the character after it." in sentences
+    if family == "signal":
+        assert "春 1/3" in page.one("section", id="r1-signal").text and "xe6" not in page.one("section", id="r1-signal").text
+
+
 def test_paths_that_do_not_say_which_text_they_are_of_are_one_sentence(tmp_path):
     run = routed_run(tmp_path / "run", whole=False)
     write_paths(run / "paths.jsonl", [Path("brian", text, routed_path(text, [2]).steps, 1) for text in SENTENCE])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -13,13 +13,14 @@ from markupsafe import Markup
 from pathlm.path import Path, Step
 from pathlm.report.figure import Section, Table, signed, table, told
 from pathlm.report.read import Run
-from pathlm.words import dotted, label, visible
+from pathlm.words import Spelling, dotted, label, spelled, visible
 
 LONGEST = 60
 """Characters of a token that are shown at most."""
 DEEP = 6
 """Shades from the fewest route steps to the most."""
 RIVALS = 5
+PARTS = "◌ is a part of the character after it."
 _OUTSIDE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -83,18 +84,19 @@ def _routes(run: Run) -> Passages:
     def colour(path: Path) -> str:
         return f"d{shade(len(path.route), low, high)}"
 
+    spelling = [spelled([path.text for path in paths]) for paths in run.texts]
+    texts = [[replace(path, text=it.name) for path, it in zip(*both, strict=True)] for both in zip(run.texts, spelling, strict=True)]
     sentences = [
-        [Token(shown(p.text), colour(p), f"{shown(p.text)}, {_steps(len(p.route))}", "\n" in p.text) for p in paths] for paths in run.texts
+        [Token(shown(it.text), colour(p), f"{shown(it.name)}, {_steps(len(p.route))}", "\n" in p.text) for p, it in zip(*both, strict=True)]
+        for both in zip(run.texts, spelling, strict=True)
     ]
     legend = [(f"swatch d{shade(count, low, high)}", _steps(count)) for count in sorted(set(counts))]
     columns = ("token", "route steps", "blocks run", "path", "probability", "almost")
-    numbers = [
-        table(columns, [_row(path) for path in paths], f"Sentence {i}", rows_at_most=200) for i, paths in enumerate(run.texts, start=1)
-    ]
-    data = [[_routed(path) for path in paths] for paths in run.texts]
+    numbers = [table(columns, [_row(path) for path in paths], f"Sentence {i}", rows_at_most=200) for i, paths in enumerate(texts, start=1)]
+    data = [[_routed(path) for path in paths] for paths in texts]
     kept = sum(map(len, run.texts))
     note = "" if kept == run.traced else f"The first {kept:,} of {run.traced:,} traced tokens are shown."
-    return Passages("routes", sentences, legend, numbers, as_json(data), note)
+    return Passages("routes", sentences, legend, numbers, as_json(data), f"{note} {_about_parts(spelling)}".strip())
 
 
 def shade(count: int, low: int, high: int) -> int:
@@ -152,7 +154,12 @@ MEANING = {
 
 def _signals(run: Run) -> Passages:
     paths = [path for paths in run.texts for path in paths]
-    sentences = [[_node(step, place) for place, step in enumerate(path.steps)] for path in paths]
+    spelling = [spelled([step.node for step in path.steps]) for path in paths]
+    sentences = [
+        [_node(step, it, place) for place, (step, it) in enumerate(zip(path.steps, spells, strict=True))]
+        for path, spells in zip(paths, spelling, strict=True)
+    ]
+    paths = [whole(path) for path in paths]
     used = {token.kind for sentence in sentences for token in sentence}
     legend = [(f"swatch {kind}", meaning) for kind, meaning in MEANING.items() if kind in used]
     columns = ("step", "node", "energy", "margin", "first rival", "its energy")
@@ -162,12 +169,23 @@ def _signals(run: Run) -> Passages:
     ]
     data = [[_signal(step, path) for step in path.steps] for path in paths]
     note = "" if len(paths) == run.traced else f"The first {len(paths):,} of {run.traced:,} traced sentences are shown."
-    return Passages("signals", sentences, legend, numbers, as_json(data), note)
+    return Passages("signals", sentences, legend, numbers, as_json(data), f"{note} {_about_parts(spelling)}".strip())
 
 
-def _node(step: Step, place: int) -> Token:
+def whole(path: Path) -> Path:
+    """Return a signal's path whose nodes are named after the characters that they are parts of."""
+    names = [it.name for it in spelled([step.node for step in path.steps])]
+    return replace(path, steps=tuple(replace(step, node=name) for step, name in zip(path.steps, names, strict=True)))
+
+
+def _about_parts(spelling: Sequence[Sequence[Spelling]]) -> str:
+    """Say what stands for parts of characters, where there are some."""
+    return PARTS if any(it.text != it.name for spells in spelling for it in spells) else ""
+
+
+def _node(step: Step, spelling: Spelling, place: int) -> Token:
     kind = state(step) if place else "start"
-    return Token(shown(step.node), kind, f"{shown(step.node)}, {MEANING[kind]}", "\n" in step.node)
+    return Token(shown(spelling.text), kind, f"{shown(spelling.name)}, {MEANING[kind]}", "\n" in step.node)
 
 
 def _signal_row(step: Step, place: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pathlm.path import Neighbours, Path
 from pathlm.report.figure import Figure, Missing, Section, percent, table, told
-from pathlm.report.passages import named, source, state
+from pathlm.report.passages import named, source, state, whole
 from pathlm.report.read import Run
 from pathlm.report.svg import NARROW, Drawing, Scale, both, breadth, fit
 
@@ -27,7 +27,7 @@ def section(run: Run, command: str) -> tuple[list[Section], list[Missing]]:
     paths = [path for paths in run.texts for path in paths if len(path.steps) > 1]
     sections: list[Section] = []
     if paths:
-        figures = [figure for number, path in enumerate(paths[:SENTENCES], start=1) for figure in _figures(path, number)]
+        figures = [figure for number, path in enumerate(paths[:SENTENCES], start=1) for figure in _figures(whole(path), number)]
         lead = "The next node is the one where most energy would arrive, and every energy is a sum of what earlier nodes sent."
         if len(paths) > SENTENCES:
             lead += f" The first {SENTENCES} of {len(paths)} sentences are drawn."
