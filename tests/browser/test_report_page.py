@@ -3,7 +3,7 @@
 import pytest
 
 from pathlm.report import report
-from report_folders import CHINESE, SENTENCE, routed_run, signal_run
+from report_folders import CHINESE, SENTENCE, asked_run, routed_run, signal_run
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,14 @@ def routed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def signal(tmp_path_factory):
     return report(signal_run(tmp_path_factory.mktemp("runs") / "signal")).file.resolve().as_uri()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A page of two runs that were asked questions with known answers."""
+    home = tmp_path_factory.mktemp("runs")
+    runs = [asked_run(home / "asked"), asked_run(home / "other", right=0.75)]
+    return report(runs, out=home / "report.html").file.resolve().as_uri()
 
 
 def rows(panel, table=0):
@@ -84,7 +92,7 @@ def test_a_chosen_node_shows_energies_rivals_and_what_they_are_the_sum_of(page, 
     assert page.locator(".sentence").inner_text() == "".join(CHINESE)
 
 
-@pytest.mark.parametrize("kind", ["routed", "signal"])
+@pytest.mark.parametrize("kind", ["routed", "signal", "asked"])
 @pytest.mark.parametrize("width", [360, 1100])
 def test_nothing_is_fetched_and_nothing_is_wider_than_the_window(new_page, request, kind, width):
     page = new_page(viewport={"width": width, "height": 700})
@@ -95,7 +103,8 @@ def test_nothing_is_fetched_and_nothing_is_wider_than_the_window(new_page, reque
     for summary in page.locator("summary").all():
         if summary.is_visible():
             summary.click()
-    page.locator(".token").nth(3).click()
+    if kind != "asked":
+        page.locator(".token").nth(3).click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert asked == [address]
     seen = page.evaluate("[...document.querySelectorAll('.picture svg')].map(it => it.getBoundingClientRect().width).filter(it => it > 0)")
