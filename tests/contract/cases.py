@@ -164,6 +164,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "no pre": {"pre_blocks": 0, "post_blocks": 1},
         "no post, tied": {"pre_blocks": 1, "post_blocks": 0, "tie_word_embeddings": True},
     },
+    "moves": {"": {}, "recur": {"route_moves": "recur"}, "skip": {"route_moves": "skip"}},
 }
 """What routing may be combined of. The first level of a factor is the usual one."""
 
@@ -173,6 +174,12 @@ def possible(levels: dict[str, str]) -> bool:
     settings = {key: value for factor, level in levels.items() for key, value in FACTORS[factor][level].items()}
     least = settings.get("min_route_steps", 1) / settings.get("max_route_steps", 9)
     placed = settings.get("block_position") != "none"
+    moves = settings.get("route_moves")
+    if moves and (settings.get("route_top_k") or settings.get("max_repeats")):
+        return False
+    # Of three blocks, a router that skips has less to choose than these numbers of steps ask for.
+    if moves == "skip" and (settings.get("max_route_steps", 4) > 4 or settings.get("pool_blocks", 4) < 4):
+        return False
     if settings.get("left_rows") == "refreshed" and settings.get("memory") == "canonical":
         return False
     return (placed or not settings.get("location_bias")) and settings.get("budget", 1.0) >= least
@@ -239,6 +246,11 @@ ROUTED = (
         },
     ),
     Case("2 of 2 blocks", "brian", {"pool_blocks": 2, "max_route_steps": 3, "route_top_k": 2}, {"budget": 0.7}),
+    Case(
+        "skip, 2…4 steps of 6 blocks",
+        "brian",
+        {"pool_blocks": 6, "max_route_steps": 4, "min_route_steps": 2, "route_moves": "skip", "left_rows": "refreshed"},
+    ),
 )
 
 
@@ -260,6 +272,8 @@ BRANCHED = (
     branched(" over few rows", 2, local_window=3),
     branched(" over rows and codes", 2, local_window=3, beam_cost=0.2, **MIXED),
     branched(" over fading rows", 4, share=0.4, max_repeats=1, **MIXED),
+    branched(" recur", 2, route_moves="recur", max_route_steps=5),
+    branched(" skip, rows refreshed", 4, route_moves="skip", left_rows="refreshed", min_route_steps=2),
     branched(", budget 0.5, a window", 4, budget=0.5, block_position="none", attention_window=4),
 )
 """Parallel ways through the pool."""
@@ -282,6 +296,8 @@ FRESH = (
     Case("fresh", "brian", {"pool_blocks": 3, "max_route_steps": 4}, fresh=True),
     Case("fresh, top-2", "brian", {"pool_blocks": 3, "max_route_steps": 4, "route_top_k": 2}, fresh=True),
     Case("fresh, top-2 of 8", "brian", {"pool_blocks": 8, "max_route_steps": 8, "route_top_k": 2, "block_position_dim": 64}, fresh=True),
+    Case("fresh, recur", "brian", {"pool_blocks": 3, "max_route_steps": 4, "route_moves": "recur"}, fresh=True),
+    Case("fresh, skip", "brian", {"pool_blocks": 3, "max_route_steps": 3, "route_moves": "skip"}, fresh=True),
     Case("fresh, longer than the pool", "brian", {"pool_blocks": 2, "max_route_steps": 4, "min_route_steps": 4}, fresh=True),
 )
 GRAPHS = (

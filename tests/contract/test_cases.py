@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ def test_every_two_options_that_may_meet_do() -> None:
     assert len({str(case) for case in CASES}) == len(CASES) == sum(map(len, (PLAIN, ROUTED, BRANCHED, FRESH, GRAPHS)))
 
 
+MOVING = [case for case in ROUTED if case.config().route_moves != "any"]
+FREE = [case for case in ROUTED if case not in MOVING]
+
+
 @torch.no_grad()
 def taken(case: Case) -> list[list[int]]:
     """The blocks of the pool that tokens visited first, step by step."""
@@ -26,7 +32,7 @@ def taken(case: Case) -> list[list[int]]:
     return [[block - start for block in path if block] for path in paths.flatten(0, 1).tolist()]
 
 
-@pytest.mark.parametrize("case", ROUTED, ids=str)
+@pytest.mark.parametrize("case", FREE, ids=str)
 def test_tokens_of_a_case_take_different_routes_of_different_length(case: Case) -> None:
     config, paths = case.config(), taken(case)
     lengths = {len(path) for path in paths}
@@ -42,6 +48,23 @@ def test_tokens_of_a_case_take_different_routes_of_different_length(case: Case) 
     cap = config.max_repeats
     runs = [longest_run(path) for path in paths]
     assert not cap or max(runs) <= cap
+
+
+@pytest.mark.parametrize("case", MOVING, ids=str)
+def test_tokens_make_the_moves_that_are_made_and_no_others(case: Case) -> None:
+    found, possible_paths = {tuple(path) for path in taken(case)}, set(every_path(case.config()))
+    assert found <= possible_paths
+    assert len(found) >= min(3, len(possible_paths)), f"{found} of {len(possible_paths)} paths: the case shows too little"
+
+
+def every_path(config: Any) -> Iterator[tuple[int, ...]]:
+    """All paths that a router which only recurs or only skips may take, told by looking at whole paths."""
+    last, fewest = config.pool_blocks, config.min_route_steps
+    for length in range(fewest, config.max_route_steps + 1):
+        for path in product(range(1, last + 1), repeat=length):
+            moves = [b - a for a, b in pairwise((0, *path))]
+            if min(moves) >= 1 if config.route_moves == "skip" else moves[0] == 1 and {0, 1} >= set(moves):
+                yield path
 
 
 def longest_run(path: list[int]) -> int:

@@ -27,6 +27,8 @@ ROUTING: dict[str, dict[str, Any]] = {
     "positions to blocks alone": {"block_position_to": "blocks"},
     "deep router": {"router_hidden": 16},
     "repeats capped": {"max_repeats": 1},
+    "recur only": {"route_moves": "recur", "max_route_steps": 5},
+    "skip only": {"route_moves": "skip"},
 }
 PLAIN: dict[str, dict[str, Any]] = {
     "plain": {},

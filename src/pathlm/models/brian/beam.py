@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.pool import Groups, Plan, PoolRun, StepRecord, Travellers
-from pathlm.models.brian.routing import legal_blocks
+from pathlm.models.brian.routing import legal_scores, route_ends
 from pathlm.models.brian.table import Surroundings
 from pathlm.models.layers import rotate, turned
 
@@ -88,6 +88,8 @@ class BeamRun(PoolRun):
         state = Branches(h, self.pool.starting_position(count, h.dtype)[:, None], scores, zero, zero - 1, zero, rows)
         self.records.visits_N = torch.zeros_like(zero[:, 0])
         for step in range(config.max_route_steps):
+            ends_Nb = (state.left == 0) & route_ends(config.route_moves, state.at, blocks=len(self.blocks))
+            state = replace(state, left=state.left.masked_fill(ends_Nb, step))
             token, slot = state.moving
             if not len(token):
                 self._settle(state, step)
@@ -111,9 +113,8 @@ class BeamRun(PoolRun):
         """Let every branch try its best actions, and keep the best of each token's. Returns them and what they chose (N, b)."""
         config, blocks = self.pool.config, len(self.blocks)
         score_mM, gain_m = self.pool.scores(state.h[token, slot], state.p[token, slot], step, listen=self.plan.listen)
-        if config.max_repeats:
-            legal = legal_blocks(state.at[token, slot], state.repeats[token, slot], blocks=blocks, limit=config.max_repeats)
-            score_mM = score_mM.masked_fill(~legal, -torch.inf)
+        owed = config.min_route_steps - step - 1
+        score_mM = legal_scores(score_mM, config, state.at[token, slot], state.repeats[token, slot], owed=owed)
         gained_mk, action_mk = self._options(score_mM, gain_m, token, step)
         total_mk = config.beam_decay * state.score[token, slot][:, None] + gained_mk
         gone = state.left > 0

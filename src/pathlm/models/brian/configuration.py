@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+MOVES = ("any", "recur", "skip")
 POSITIONS = ("arc", "circle", "random", "none")
 READERS = ("router", "blocks", "both")
 MEMORIES = ("local", "canonical", "local+canonical")
@@ -45,6 +46,9 @@ class BrianConfig(PreTrainedConfig):
     """How many it must visit: at least 1, since its keys and values in the pool come from a visit. None means 1 where there is a pool."""
     route_top_k: int = 1
     """Blocks visited in one route step: 1, or 2 whose results are mixed by the router's weights. (`top_k` is sampling's.)"""
+    route_moves: str = "any"
+    """Which block may come next: `any`; `recur`, the same again or the next in order; `skip`, any further on, so that a route ends in the
+    last block. From the entrance `recur` leads to the first block, `skip` to any."""
     max_repeats: int = 0
     """How often in a row a token may visit the same block; 0 is no limit."""
     block_position: str = "arc"
@@ -193,6 +197,7 @@ class BrianConfig(PreTrainedConfig):
         _require(self.route_top_k == 1 or (self.route_top_k == 2 and blocks >= 2), "route_top_k", self.route_top_k, rule)
         rule = f"needs more than route_top_k={self.route_top_k} pool blocks"
         _require(not self.max_repeats or blocks > self.route_top_k, "max_repeats", self.max_repeats, rule)
+        self._validate_moves()
         for name, known in (
             ("block_position", POSITIONS),
             ("block_position_to", READERS),
@@ -214,6 +219,20 @@ class BrianConfig(PreTrainedConfig):
         _require(dim >= 2 and dim % 2 == 0, "block_position_dim", dim, "must be even and at least 2")
         _require(math.isfinite(self.location_bias), "location_bias", self.location_bias, "must be a finite number")
         _require(not self.location_bias or self.block_position != "none", "location_bias", self.location_bias, "needs a block_position")
+
+    def _validate_moves(self) -> None:
+        """Check which moves are made, and refuse what would leave a token without any."""
+        moves, blocks = self.route_moves, self.pool_blocks
+        _require(moves in MOVES, "route_moves", moves, f"must be one of {', '.join(MOVES)}")
+        if moves == "any":
+            return
+        _require(blocks > 0, "route_moves", moves, "there are no pool blocks to move between: pool_blocks=0")
+        rule = f"needs route_top_k=1, not {self.route_top_k}: a token that visits two blocks at once does not come from one"
+        _require(self.route_top_k == 1, "route_moves", moves, rule)
+        why = "in the last block no move would be left" if moves == "recur" else "no block is visited twice"
+        _require(not self.max_repeats, "route_moves", moves, f"needs max_repeats=0, not {self.max_repeats}: {why}")
+        rule = f'with route_moves="skip" must be at most pool_blocks={blocks}, since every step leads further on'
+        _require(moves == "recur" or self.max_route_steps <= blocks, "max_route_steps", self.max_route_steps, rule)
 
     def check_branches(self, branches: int, name: str = "route_beams") -> None:
         """Raise `ValueError`, saying `name`, for a number of branches that tokens of this model cannot have."""

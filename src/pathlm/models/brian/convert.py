@@ -41,7 +41,7 @@ POOL_FIELDS = (
 )  # fmt: skip
 """Fields that a routed model's weights depend on."""
 ROUTING_FIELDS = (
-    "max_route_steps", "min_route_steps", "route_top_k", "max_repeats", "location_bias", *MEMORY_FIELDS, *POOL_FIELDS[3:],
+    "max_route_steps", "min_route_steps", "route_top_k", "route_moves", "max_repeats", "location_bias", *MEMORY_FIELDS, *POOL_FIELDS[3:],
 )  # fmt: skip
 """Fields that say how a pool is used."""
 SHARED_FIELDS = (

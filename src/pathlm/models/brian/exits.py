@@ -103,15 +103,18 @@ def exit_loss(
     """Return the Huber loss of the predicted gain, and the predictions (R - shortest, w) it was made of.
 
     The gain of staying after r steps is the loss after r steps minus the loss after the last one: what the remaining steps still remove.
-    With `best` it is measured against the smallest loss after any later step, which may flatter it. Each step costs `price` more.
+    With `best` it is measured against the smallest loss after any later step, which may flatter it. Each step costs `price` more. Where a
+    route had ended there was nothing to stay for, and nothing is learned.
     """
     predicted = predicted_gains(records, watched, shortest=shortest)
-    if not predicted.numel():
-        return predicted.sum(), predicted
+    stayed = ~predicted.isneginf()
+    if not bool(stayed.any()):
+        return predicted[stayed].sum(), predicted
     paid_Rw = _paid(loss_Rw, price)
-    later_Rw = paid_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else paid_Rw[-1:]
+    last_w = shortest - 1 + stayed.sum(0)
+    later_Rw = paid_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else paid_Rw.gather(0, last_w[None])
     gain = paid_Rw[shortest - 1 : -1] - later_Rw
-    return F.huber_loss(predicted, gain.to(predicted.dtype)), predicted
+    return F.huber_loss(predicted[stayed], gain[stayed].to(predicted.dtype)), predicted
 
 
 def hindsight_loss(loss_Rw: Tensor, *, shortest: int, price: float) -> Tensor:
@@ -130,8 +133,14 @@ def _paid(loss_Rw: Tensor, price: float) -> Tensor:
 
 
 def predicted_gains(records: Records, watched: Tensor, *, shortest: int) -> Tensor:
-    """Return what the router predicted for the watched tokens at every step at which they might have left (R - shortest, w)."""
-    rows = [step.gain_n[torch.searchsorted(step.place_n, watched)] for step in records.steps[shortest:]]
+    """Return what the router predicted for the watched tokens at every step at which they might have left (R - shortest, w).
+
+    -inf at steps before which their route had ended.
+    """
+    rows = []
+    for step in records.steps[shortest:]:
+        index = torch.searchsorted(step.place_n, watched).clamp(max=len(step.place_n) - 1)
+        rows.append(step.gain_n[index].masked_fill(step.place_n[index] != watched, -torch.inf))
     return torch.stack(rows) if rows else torch.zeros(0, len(watched), device=watched.device)
 
 
@@ -140,14 +149,20 @@ def move_thresholds(pool: RoutePool, predicted_Sw: Tensor, *, budget: float, spr
     """Move every budget's threshold towards the one that would have given these tokens the budget's mean number of steps.
 
     A token takes another step after r steps while the smallest gain predicted so far is at least the threshold. Over all tokens and r, the
-    share of these smallest gains that lie above a threshold is the share of the free steps taken, so thresholds are their quantiles.
+    share of these smallest gains that lie above a threshold is the share of the free steps taken, so thresholds are their quantiles. Steps
+    that routes were too short for are never taken; a budget that asks for them has the smallest gain of all as its threshold.
     """
-    if not predicted_Sw.numel():
+    known = predicted_Sw.detach().float()
+    known = known[~known.isneginf()]
+    if not known.numel():
         return
-    smallest = predicted_Sw.detach().float().cummin(0).values.flatten().sort().values
+    fewest, most = pool.steps_possible
+    smallest_Sw = predicted_Sw.detach().float().cummin(0).values
+    smallest_Sw = F.pad(smallest_Sw, (0, 0, 0, most - fewest - len(smallest_Sw)), value=-torch.inf).clamp(min=known.min())
+    smallest = smallest_Sw.flatten().sort().values
     free_share = torch.linspace(0, 1, BUDGETS, device=smallest.device)
     wanted = torch.quantile(smallest[-(2**24) :], 1 - free_share).to(pool.exit_threshold.dtype)
-    scale = predicted_Sw.detach().float().std().clamp(min=1e-4) if predicted_Sw.numel() > 1 else pool.gain_scale
+    scale = known.std().clamp(min=1e-4) if known.numel() > 1 else pool.gain_scale
     fresh = pool.budgets_trained[0] > pool.budgets_trained[1]
     pool.exit_threshold.copy_(torch.where(fresh, wanted, torch.lerp(pool.exit_threshold, wanted, rate)))
     pool.gain_scale.copy_(torch.where(fresh, scale, torch.lerp(pool.gain_scale.float(), scale.float(), rate)))

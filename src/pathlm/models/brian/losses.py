@@ -146,6 +146,8 @@ def measured(pool: RoutePool, found: Decisions, records: Records, plan: Plan, *,
     free_L = found.step_L >= shortest
     out_L = torch.sigmoid((found.threshold_L - found.gain_L) / pool.gain_scale)
     ahead_LM = found.score_LM.topk(min(2, blocks), dim=-1).values
+    margin_L = ahead_LM[:, 0] - ahead_LM[:, -1]
+    margin_L = margin_L[margin_L.isfinite()]  # where there was a choice
     zero = steps_N.new_zeros(())
     metrics = {
         "route/imitation": imitation(found, plan, blocks, shortest)[1],
@@ -161,7 +163,7 @@ def measured(pool: RoutePool, found: Decisions, records: Records, plan: Plan, *,
         "route/skip": (moved_L > 1).sum() / moves,
         "route/location_distance": _distance(pool, found, stays_L),
         "route/exit_probability": out_L[free_L].mean() if bool(free_L.any()) else zero,
-        "route/margin": (ahead_LM[:, 0] - ahead_LM[:, -1]).median(),
+        "route/margin": margin_L.median() if len(margin_L) else zero,
         "route/path_diversity": _path_diversity(found, longest, blocks),
     }
     left = torch.bincount(records.left_N[present_N], minlength=longest + 1).float() / max(len(steps_N), 1)

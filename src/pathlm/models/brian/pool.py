@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.grouping import Arrange, Pick, UnitGate
-from pathlm.models.brian.routing import best_blocks, legal_blocks
+from pathlm.models.brian.routing import best_blocks, legal_scores, route_ends
 from pathlm.models.brian.table import Surroundings, Table
 from pathlm.models.layers import rotate, turned
 
@@ -33,7 +33,7 @@ class Plan:
     driven_N: Tensor | None = None
     """Tokens that the router drives; the others follow the teacher. None: all"""
     stays_N: Tensor | None = None
-    """Tokens that the router cannot let leave before the last step"""
+    """Tokens that the router cannot let leave before the last step, or before their route ends"""
     depth_N: Tensor | None = None
     """Steps after which tokens leave whatever the router says; more than there are for those it decides about"""
     noise: float = 0.0
@@ -41,7 +41,7 @@ class Plan:
     gate: float = 0.0
     other_share: float = 0.0
     watched: Tensor | None = None
-    """Places (w,) of tokens whose state is kept after every step; they must stay in the pool to the end"""
+    """Places (w,) of tokens whose state is kept after every step; they must stay in the pool to the end of their routes"""
     attached: bool = False
     """Whether these states are kept with their graph"""
     record: bool = False
@@ -80,7 +80,8 @@ class Records:
     branches: int | None = None
     """Branches with which tokens left, summed over tokens, where they could have several"""
     watched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached unless the plan says otherwise"""
+    """Hidden states (w, D) and positions (w, P) of the watched tokens after each step, detached unless the plan says otherwise; after the
+    end of a route they stay as they were"""
 
 
 @dataclass
@@ -121,9 +122,7 @@ class PoolRun:
             state, block_nk, score_nM = stay
             state = self._visit(state, block_nk, score_nM, step)
             if self.plan.watched is not None:
-                index = self.plan.watched if state.place is None else torch.searchsorted(state.place, self.plan.watched)
-                h = state.h if self.plan.attached else state.h.detach()
-                self.records.watched.append((h[index], state.p.detach()[index]))
+                self._watch(state, self.plan.watched)
         else:
             self._leave(state, config.max_route_steps)
         return self._gathered(h_BTD)
@@ -133,14 +132,37 @@ class PoolRun:
         self.rows, self.tokens = h_BTD.shape[:2]
         self.table = Table(self.around, h_BTD, groups=self.blocks[0].groups, width=self.blocks[0].width)
 
+    def _watch(self, state: Travellers, watched_w: Tensor) -> None:
+        """Keep the states of the watched tokens."""
+        h, p = state.h if self.plan.attached else state.h.detach(), state.p.detach()
+        if state.place is None:
+            self.records.watched.append((h[watched_w], p[watched_w]))
+            return
+        index = torch.searchsorted(state.place, watched_w).clamp(max=len(state.place) - 1)
+        here_w1 = (state.place[index] == watched_w)[:, None]
+        h_w, p_w = (torch.where(here_w1, now[index], then) for now, then in zip((h, p), self.records.watched[-1], strict=True))
+        self.records.watched.append((h_w, p_w))
+
+    def _owed(self, state: Travellers, step: int) -> int | Tensor:
+        """Return how many visits tokens must make after this step's: (n,) where some have a number of steps to take."""
+        fewest: int = self.pool.config.min_route_steps
+        if self.plan.depth_N is None:
+            return fewest - step - 1
+        depth_n = _at(self.plan.depth_N, state.place)
+        return torch.where(depth_n <= self.pool.config.max_route_steps, depth_n, fewest) - step - 1
+
     def _decide(self, state: Travellers, step: int) -> tuple[Travellers, Tensor, Tensor] | None:
         """Let every token choose; those that leave are put aside. Returns the others with their blocks, None where nobody is left."""
         plan, config = self.plan, self.pool.config
+        ends_n = route_ends(config.route_moves, state.at, blocks=len(self.blocks))
+        if ends_n is not False and bool(ends_n.any()):  # they leave as all do after the last step: there is nothing to choose
+            self._leave(state.kept(ends_n.nonzero()[:, 0]), step)
+            state = state.kept((~ends_n).nonzero()[:, 0])
+            if not len(state.h):
+                return None
         if plan.guided:
             score_nM, gain_n = self.pool.scores(state.h, state.p, step, listen=plan.listen)
-            if config.max_repeats:
-                legal_nM = legal_blocks(state.at, state.repeats, blocks=len(self.blocks), limit=config.max_repeats)
-                score_nM = score_nM.masked_fill(~legal_nM, -torch.inf)
+            score_nM = legal_scores(score_nM, config, state.at, state.repeats, owed=self._owed(state, step))
             block_nk = best_blocks(_explored(score_nM.detach(), plan), plan.top_k)
             leaves_n = self._wants_to_leave(gain_n.detach(), state, step)
         else:

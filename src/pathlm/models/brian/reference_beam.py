@@ -54,6 +54,8 @@ def read(model: BrianForCausalLM, input_ids: list[int], documents: list[int], *,
     codes = [reference_codes.write(model, h_D, at) for h_D, at in zip(hidden, positions, strict=True)] if config.remembers_codes else []
     for step in range(config.max_route_steps):
         for t, branches in enumerate(tokens):
+            for branch in branches:
+                branch.left = branch.left or not legal(model, branch.route)
             if not all(branch.left for branch in branches):
                 tokens[t] = _chosen(model, branches, step, beams=beams, budget=budget)
         visits += sum(not branch.left for branches in tokens for branch in branches)

@@ -126,11 +126,22 @@ def scores(model: BrianForCausalLM, h_D: Tensor, p_P: Tensor | None, step: int) 
 
 
 def legal(model: BrianForCausalLM, route: list[tuple[int, ...]]) -> list[int]:
-    """Return the blocks that may come next: not one that came first at each of the last `max_repeats` steps."""
-    cap = model.config.max_repeats
+    """Return the blocks that may come next, none where a route has ended.
+
+    Not one that came first at each of the last `max_repeats` steps, nor one that the router's moves do not lead to: a step further at most,
+    or a step at least and not so far that too few blocks are left for the steps that must be made.
+    """
+    config = model.config
+    cap, every = config.max_repeats, list(range(1, config.pool_blocks + 1))
+    here = route[-1][0] if route else 0
+    if config.route_moves == "recur":
+        return [block for block in every if block in (here, here + 1)]
+    if config.route_moves == "skip":
+        after = max((config.min_route_steps or 1) - len(route) - 1, 0)
+        return [block for block in every if block > here and len(every) - block >= after]
     latest = [blocks[0] for blocks in route[-cap:]] if cap else []
     tired = latest[0] if cap and len(latest) == cap and len(set(latest)) == 1 else None
-    return [block for block in range(1, model.config.pool_blocks + 1) if block != tired]
+    return [block for block in every if block != tired]
 
 
 def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget: float | None, top_k: int, forced: bool) -> None:
@@ -138,6 +149,9 @@ def _choose(model: BrianForCausalLM, traveller: Traveller, step: int, *, budget:
     score_M, gain = scores(model, traveller.h_D, traveller.p_P, step)
     score_M = score_M + pool_of(model).load_bias.to(score_M.dtype)
     allowed = legal(model, traveller.route)
+    if not allowed:
+        traveller.left = True
+        return
     threshold = pool_of(model).threshold(budget).to(score_M.dtype)
     total = sum(score_M[block - 1].exp() for block in allowed)
     free = step >= (model.config.min_route_steps or 1)

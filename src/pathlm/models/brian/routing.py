@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -226,20 +225,38 @@ class RoutePool(nn.Module):
             raise ValueError(f"budget={budget}: must lie between {low:.3g} and 1, the budgets this model was trained for")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What tokens in the pool do in one route step."""
+def legal_scores(
+    score_NM: Float[Tensor, "n m"], config: BrianConfig, at_N: Int[Tensor, " n"], repeats_N: Int[Tensor, " n"], *, owed: int | Tensor
+) -> Float[Tensor, "n m"]:
+    """Return the scores, -inf for blocks that tokens may not visit: too often in a row, or by a move that is not made.
 
-    leaves_N: Tensor
-    """True where a token leaves."""
-    block_NK: Tensor
-    """The blocks it visits otherwise, best first."""
+    `at_N` are the blocks they come from (-1: none yet), `repeats_N` how often in a row these were visited, `owed`, a number or one for each
+    token, how many visits must at least follow this one. Some block is left to every token whose route has not ended (`route_ends`).
+    """
+    if config.max_repeats:
+        spent_N = (repeats_N >= config.max_repeats) & (at_N >= 0)
+        tired_NM = F.one_hot(at_N.clamp(min=0), score_NM.shape[1]).bool() & spent_N[:, None]
+        score_NM = score_NM.masked_fill(tired_NM, -torch.inf)
+    if config.route_moves != "any":
+        block_M = torch.arange(score_NM.shape[1], device=at_N.device)
+        owed_N1 = owed[:, None] if isinstance(owed, Tensor) else owed
+        score_NM = score_NM.masked_fill(~leads(config.route_moves, at_N[:, None], block_M, blocks=len(block_M), owed=owed_N1), -torch.inf)
+    return score_NM
 
 
-def legal_blocks(last_N: Int[Tensor, " n"], repeats_N: Int[Tensor, " n"], *, blocks: int, limit: int) -> Bool[Tensor, "n {blocks}"]:
-    """Return which blocks each token may visit: all but the one it has just visited `limit` times in a row."""
-    spent = (repeats_N >= limit) & (last_N >= 0)
-    return ~(F.one_hot(last_N.clamp(min=0), blocks).bool() & spent[:, None])
+def leads(moves: str, at: Any, block: Any, *, blocks: int, owed: Any) -> Any:
+    """Whether one of the `moves` `recur` or `skip` leads from block `at` (-1: the entrance) to `block`. Tensors or arrays, broadcast.
+
+    A skip goes no further than leaves a block for each visit that is still `owed` after it.
+    """
+    if moves == "recur":
+        return (block == at) | (block == at + 1)
+    return (block > at) & (block < blocks - owed)
+
+
+def route_ends(moves: str, at: Any, *, blocks: int) -> Any:
+    """Whether no move leads on from block `at`: of tensors or arrays element by element, False where that never happens."""
+    return at == blocks - 1 if moves == "skip" else False
 
 
 def best_blocks(score_NM: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n {k}"]:

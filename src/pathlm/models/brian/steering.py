@@ -69,6 +69,9 @@ def steer(
         assert shortest is not None
         depth_N = torch.randint(shortest, longest + 1, (rows * tokens,), device=device)
         depth_N[torch.rand(rows * tokens, device=device) >= knobs.random_depth] = longest + 1
+    if depth_N is not None:  # it is no word on tokens that follow a teacher or stay to be measured
+        for others_N in (None if driven_N is None else ~driven_N, stays_N):
+            depth_N = depth_N if others_N is None else depth_N.masked_fill(others_N, config.max_route_steps + 1)
     return Plan(
         threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
         random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched,
@@ -93,19 +96,28 @@ def teacher_routes(pool: RoutePool, knobs: Knobs, shape: tuple[int, int], input_
 
 
 def pseudo_routes(config: BrianConfig) -> Tensor:
-    """Return the routes (3, R) of easy, ordinary and hard tokens: every second block; every block; every block after the first twice."""
-    blocks, steps, shortest = config.pool_blocks, config.max_route_steps, config.min_route_steps
+    """Return the routes (3, R) of easy, ordinary and hard tokens: every second block; every block; every block after the first twice.
+
+    Where a router may not skip, easy tokens visit the first half of the blocks; where it may only skip, hard ones visit every block once.
+    """
+    blocks, steps, shortest, moves = config.pool_blocks, config.max_route_steps, config.min_route_steps, config.route_moves
     assert shortest is not None
     straight = list(range(blocks))
     easy = list(range(0, blocks, 2))
-    easy += straight[len(easy) : shortest]
+    if moves == "recur":
+        easy = straight[: len(easy)]
+    elif moves == "skip":
+        easy = sorted([*easy, *range(1, blocks, 2)][: max(len(easy), shortest)])
+    else:
+        easy += straight[len(easy) : shortest]
     twice = [0] + [block for block in range(1, blocks) for _ in range(2)]
-    hard = straight if config.max_repeats == 1 else twice
+    hard = straight if config.max_repeats == 1 or moves == "skip" else twice
     routes = [(route + [blocks] * steps)[:steps] for route in (easy, straight, hard)]
     for route in routes:  # a token stays for the smallest number of steps, in the last block of its route or the one before
         for step in range(shortest):
             if route[step] == blocks:
-                route[step] = (route[step - 1] + 1) % blocks if config.max_repeats or step % 2 else route[step - 1]
+                back = moves == "any" and (config.max_repeats or step % 2)
+                route[step] = (route[step - 1] + 1) % blocks if back else route[step - 1]
     return torch.tensor(routes)
 
 

@@ -14,7 +14,7 @@ from pathlm.models.brian.departed import Departed, by_last_block, refreshed
 from pathlm.models.brian.memory import NewestRows
 from pathlm.models.brian.outlook import Outlook
 from pathlm.models.brian.positions import IN
-from pathlm.models.brian.routing import RoutePool
+from pathlm.models.brian.routing import RoutePool, leads, route_ends
 from pathlm.models.brian.table import Surroundings
 from pathlm.models.layers import matrix_of, rotate
 
@@ -101,8 +101,10 @@ def walk(pool: RoutePool, blocks: list[Any], h_BTD: Tensor, around: Surroundings
 def _alone(posts: Signposts, config: dict[str, Any], blocks: list[Any], band: _Band, threshold: float) -> _Left:
     """Send a single token. Its choices are a handful of numbers each: whatever gathers and compares rows would cost more than they."""
     shortest, longest, cap, eps = (config[name] for name in ("min_route_steps", "max_route_steps", "max_repeats", "rms_norm_eps"))
-    place, repeats, width = IN, 0, band.h_nD.shape[1]
+    place, repeats, width, moves, number = IN, 0, band.h_nD.shape[1], config["route_moves"], np.arange(len(blocks))
     for step in range(longest):
+        if route_ends(moves, place - 1, blocks=len(blocks)):
+            return _Left(None, band.h_nD, place, step)
         h_D = band.h_nD[0]
         seen_X, told_A = torch.mv(posts.from_hidden, h_D), posts.by_place[step if posts.by_step else place]
         scale = (torch.dot(h_D, h_D).item() / width + eps) ** -0.5
@@ -115,6 +117,8 @@ def _alone(posts: Signposts, config: dict[str, Any], blocks: list[Any], band: _B
         score_M = out_A[:-1]
         if cap and repeats >= cap:
             score_M[place - 1] = -np.inf
+        if moves != "any":
+            score_M[~leads(moves, place - 1, number, blocks=len(blocks), owed=shortest - step - 1)] = -np.inf
         best = int(score_M.argmax())
         band.visit_one(best, blocks[best], None if posts.adapted is None else posts.adapted[best * (len(blocks) + 2) + place], step)
         repeats = repeats + 1 if place == best + 1 else 1
@@ -126,10 +130,10 @@ def _together(posts: Signposts, config: dict[str, Any], blocks: list[Any], band:
     """Send a token of every row; return them in groups that left after the same step, first those that left first."""
     shortest, longest, cap, eps = (config[name] for name in ("min_route_steps", "max_route_steps", "max_repeats", "rms_norm_eps"))
     place_n, repeats_n = np.full(band.batch, IN), np.zeros(band.batch, dtype=np.int64)
-    left: list[_Left] = []
+    moves, number, left = config["route_moves"], np.arange(len(blocks)), list[_Left]()
     for step in range(longest):
         out_nA = _outputs(posts, band.h_nD, place_n, eps=eps, step=step)
-        leaves_n = out_nA[:, -1] < threshold
+        leaves_n = (out_nA[:, -1] < threshold) | route_ends(moves, place_n - 1, blocks=len(blocks))
         if step >= shortest and leaves_n.any():
             going, stay = np.flatnonzero(leaves_n), np.flatnonzero(~leaves_n)
             if not len(stay):
@@ -143,6 +147,8 @@ def _together(posts: Signposts, config: dict[str, Any], blocks: list[Any], band:
         if cap and step:
             spent = np.flatnonzero(repeats_n >= cap)
             score_nM[spent, place_n[spent] - 1] = -np.inf
+        if moves != "any":
+            score_nM[~leads(moves, place_n[:, None] - 1, number, blocks=len(blocks), owed=shortest - step - 1)] = -np.inf
         best_n = score_nM.argmax(-1)
         band.visit(blocks, best_n, place_n, step, posts.adapted)
         repeats_n = np.where(place_n == best_n + 1, repeats_n + 1, 1) if cap else repeats_n
