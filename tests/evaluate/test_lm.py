@@ -1,6 +1,7 @@
 """Language-model scores: equal to one forward pass per token, every token counted once, records that join with their corpus."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from arrays import ArrayCorpus, make_llama, random_documents
 from pathlm import build, preset
 from pathlm.evaluate import lm
 from pathlm.evaluate.lm import choose, score, token_losses, windows
-from pathlm.evaluate.records import TokenLosses, read_token_losses
+from pathlm.evaluate.records import LossFile, LossWriter, TokenLosses, read_token_losses
 
 
 def make_brian():
@@ -122,6 +123,28 @@ def test_records_join_with_the_corpus_by_document_and_position(model, tmp_path):
         found.check(other)
     with pytest.raises(ValueError, match="does not have"):
         found.check(ArrayCorpus(validation=random_documents([4])))
+
+
+def test_losses_written_in_pieces_are_read_in_pieces_and_never_half_there(tmp_path):
+    document, position = np.repeat([3, 4], [4, 6]), np.array([1, 2, 3, 4, 1, 2, 3, 4, 5, 6])
+    whole = TokenLosses(document, position, position * 7, np.linspace(0, 1, 10, dtype=np.float32), {"split": "test"})
+    columns = {name: getattr(whole, name) for name in ("document", "position", "token", "loss")}
+    first, second = (
+        TokenLosses(**{name: column[rows] for name, column in columns.items()}, header={}) for rows in (slice(4), slice(4, 10))
+    )
+    with LossWriter(tmp_path / "losses", whole.header, tokens=10) as out:
+        out.add(first)
+        assert not (tmp_path / "losses").exists()
+        out.add(second)
+    found = LossFile(tmp_path / "losses")
+    assert len(found) == 10 and found.header == {"format": 1, "split": "test"}
+    for name, column in columns.items():
+        assert getattr(read_token_losses(tmp_path / "losses"), name).tolist() == column.tolist()
+        assert getattr(found.rows(3, 99), name).tolist() == column[3:].tolist()
+    with suppress(KeyboardInterrupt), LossWriter(tmp_path / "others", {}, tokens=10) as out:
+        out.add(first)
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["losses"]
 
 
 def test_a_file_that_holds_no_records_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pathlm.evaluate.checkpoint import evaluating
-from pathlm.evaluate.records import TokenLosses
+from pathlm.evaluate.records import LossWriter, TokenLosses
 
 # Shapes: B windows, T tokens of a window, K places whose predictions count, V vocabulary
 
@@ -101,24 +102,20 @@ def score(
     """
     context, stride = reach(model, context, stride)
     chosen = choose(corpus, split, max_documents=max_documents, max_tokens=max_tokens)
-    begun, nats, tokens = time.perf_counter(), 0.0, 0
-    kept: tuple[list[int], list[np.ndarray], list[np.ndarray]] = ([], [], [])
-    for group in groups(chosen):
-        documents = [corpus.document_tokens(split, record.number) for record in group]
-        losses = token_losses(model, documents, context=context, stride=stride, batch_tokens=batch_tokens, progress=progress)
-        for record, loss in zip(group, losses, strict=True):
-            if not math.isfinite(total := float(loss.sum(dtype=np.float64))):
-                raise ValueError(f"the loss of document {record.id!r} is {total}: the model is broken or its precision is too low")
-            nats, tokens = nats + total, tokens + len(loss)
-        if records is not None:
-            kept[0].extend(record.number for record in group)
-            kept[1].extend(documents)
-            kept[2].extend(losses)
-    assert tokens == sum(record.tokens - 1 for record in chosen)
-    if records is not None:
-        header = {"split": split, "corpus": corpus.manifest["digest"], "model": model.config.name_or_path, "unit": "nats"}
-        TokenLosses.of(*kept, header | {"context": context, "stride": stride}).write(records)
-    size = sum(record.bytes for record in chosen)
+    header = {"split": split, "corpus": corpus.manifest["digest"], "model": model.config.name_or_path, "unit": "nats"}
+    header |= {"context": context, "stride": stride}
+    tokens, size = sum(record.tokens - 1 for record in chosen), sum(record.bytes for record in chosen)
+    begun, nats = time.perf_counter(), 0.0
+    with nullcontext() if records is None else LossWriter(records, header, tokens=tokens) as out:
+        for group in groups(chosen):
+            documents = [corpus.document_tokens(split, record.number) for record in group]
+            losses = token_losses(model, documents, context=context, stride=stride, batch_tokens=batch_tokens, progress=progress)
+            for record, loss in zip(group, losses, strict=True):
+                if not math.isfinite(total := float(loss.sum(dtype=np.float64))):
+                    raise ValueError(f"the loss of document {record.id!r} is {total}: the model is broken or its precision is too low")
+                nats += total
+            if out is not None:
+                out.add(TokenLosses.of([record.number for record in group], documents, losses, header))
     seconds = time.perf_counter() - begun
     return LanguageScore.of(nats, tokens=tokens, size=size, documents=len(chosen), context=context, stride=stride, seconds=seconds)
 

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 FORMAT = 1
+COLUMNS = {"document": "I32", "position": "I32", "token": "I32", "loss": "F32"}
+"""The tensors of a file and their types, in the order in which they lie there."""
+WIDTH = 4
+"""Bytes of an entry of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +60,8 @@ class TokenLosses:
 
     def write(self, file: Path | str) -> None:
         """Write a safetensors file: the four columns, and the header as JSON in its metadata. The file appears whole or not at all."""
-        from safetensors.numpy import save_file
-
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(file.name + ".part")
-        columns = {"document": self.document, "position": self.position, "token": self.token, "loss": self.loss}
-        save_file(columns, part, metadata={"pathlm": json.dumps(self.header, sort_keys=True)})
-        os.replace(part, file)
+        with LossWriter(file, self.header, tokens=len(self)) as out:
+            out.add(self)
 
     def check(self, corpus: Any) -> None:
         """Raise `ValueError` unless the corpus has exactly these tokens at these places."""
@@ -84,16 +82,73 @@ class TokenLosses:
                 )
 
 
+class LossWriter:
+    """Writes the losses of so many tokens to a file as they come, in memory that does not grow with them.
+
+    The file appears whole, when the last token was added and the `with` block ends, or not at all.
+    """
+
+    def __init__(self, file: Path | str, header: dict[str, Any], *, tokens: int) -> None:
+        self._file, self._tokens, self._done = Path(file), tokens, 0
+        size = WIDTH * tokens
+        described: dict[str, Any] = {
+            name: {"dtype": kind, "shape": [tokens], "data_offsets": [place * size, (place + 1) * size]}
+            for place, (name, kind) in enumerate(COLUMNS.items())
+        }
+        metadata = {"pathlm": json.dumps(header | {"format": FORMAT}, sort_keys=True)}
+        text = json.dumps({"__metadata__": metadata} | described).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> LossWriter:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._part = self._file.with_name(self._file.name + ".part")
+        self._out = self._part.open("wb")
+        self._out.write(self._begin)
+        return self
+
+    def add(self, losses: TokenLosses) -> None:
+        """Add the next tokens."""
+        for place, name in enumerate(COLUMNS):
+            column = np.asarray(getattr(losses, name), dtype="<f4" if COLUMNS[name] == "F32" else "<i4")
+            self._out.seek(len(self._begin) + WIDTH * (place * self._tokens + self._done))
+            self._out.write(column.tobytes())
+        self._done += len(losses)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._out.close()
+        if kind is not None:
+            self._part.unlink()
+            return
+        assert self._done == self._tokens, f"{self._done} of {self._tokens} tokens were added"
+        os.replace(self._part, self._file)
+
+
+class LossFile:
+    """What `pathlm eval --records` wrote, read piece by piece. Raises `ValueError` when the file holds something else."""
+
+    def __init__(self, file: Path | str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            tensors = safe_open(file, framework="numpy")
+            self.header: dict[str, Any] = json.loads((tensors.metadata() or {})["pathlm"])
+            self._columns = {name: tensors.get_slice(name) for name in COLUMNS}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} holds no token losses ({error})") from error
+        if self.header.get("format") != FORMAT:
+            raise ValueError(f"{file} has format {self.header.get('format')!r}; this version reads {FORMAT}")
+
+    def __len__(self) -> int:
+        return int(self._columns["loss"].get_shape()[0])
+
+    def rows(self, start: int, stop: int) -> TokenLosses:
+        """Return the tokens from `start` to before `stop`, or those that there are, in the order of the corpus."""
+        stop = min(stop, len(self))
+        return TokenLosses(**{name: column[start:stop] for name, column in self._columns.items()}, header=self.header)
+
+
 def read_token_losses(file: Path | str) -> TokenLosses:
     """Read what `pathlm eval --records` wrote. Raises `ValueError` when the file holds something else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            header = json.loads((tensors.metadata() or {})["pathlm"])
-            columns = {name: tensors.get_tensor(name) for name in ("document", "position", "token", "loss")}
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{file} holds no token losses ({error})") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {header.get('format')!r}; this version reads {FORMAT}")
-    return TokenLosses(**columns, header=header)
+    found = LossFile(file)
+    return found.rows(0, len(found))
