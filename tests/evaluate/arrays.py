@@ -41,6 +41,18 @@ class ArrayCorpus:
         return np.concatenate(self.data[split])
 
 
+class Letters:
+    """A tokenizer whose every token is a word of its own."""
+
+    all_special_ids = (0,)
+
+    def decode(self, ids):
+        return f" {ids[0]}"
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
+
+
 def random_documents(lengths, *, vocab=40, seed=0):
     draw = np.random.default_rng(seed)
     return [[0, *draw.integers(1, vocab, size=length).tolist(), 0] for length in lengths]

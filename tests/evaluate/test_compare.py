@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pathlm import build, preset
 from pathlm.evaluate import compare, run
-from pathlm.evaluate.lm import score
+from pathlm.evaluate.lm import choose, score
 from pathlm.evaluate.ngram import KneserNey
 from pathlm.evaluate.records import read_token_losses
 from pathlm.evaluate.routes import route_table
@@ -121,6 +121,14 @@ def test_ngrams_are_counted_on_whole_documents_up_to_a_bound(corpus):
     sizes = [record.tokens for record in corpus.documents("train")]
     found = compare.ngram_scores(corpus, "validation", chosen, order=2, train_tokens=sum(sizes[:4]) + 1)
     assert found["train_tokens"] == sum(sizes[:4])
+
+
+def test_ngrams_score_documents_in_groups(corpus, monkeypatch):
+    chosen = choose(corpus, "validation")
+    whole = compare._count_and_score(corpus, "validation", chosen, order=3, train_tokens=10_000)
+    monkeypatch.setattr("pathlm.evaluate.lm.GROUP_TOKENS", 50)
+    parts = compare._count_and_score(corpus, "validation", chosen, order=3, train_tokens=10_000)
+    assert parts[0] == whole[0] and parts[1] == pytest.approx(whole[1], rel=1e-12)
 
 
 def test_the_table_shows_ngrams_then_the_model(trained):

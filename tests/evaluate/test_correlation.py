@@ -1,11 +1,27 @@
 """Correlations equal slow ones made pair by pair, and intervals hold the truth about as often as they say."""
 
 import math
+import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pytest
 
-from pathlm.evaluate.correlation import Estimate, Pair, correlations, mean_with_interval, resampled
+from pathlm.evaluate.bootstrap import Draws, Estimate, Mean, mean_with_interval
+from pathlm.evaluate.correlation import BINS, Correlations, Pair, bin_starts, equal_parts, which_bin
+
+
+def resampled(documents, **options):
+    """How often each document is drawn, a row per draw."""
+    return Draws(documents, **options).take(documents)[:, 1:].T.astype(int)
+
+
+def correlations(columns, pairs, document, *, draws, seed=0, bins=BINS):
+    """What comes of columns that are there at once; with as many bins as tokens nothing is rounded."""
+    found = Correlations(pairs, {name: bin_starts(column, bins=bins) for name, column in columns.items()}, draws=draws)
+    for block in Draws(len(np.unique(document)), draws=draws, seed=seed).blocks(document):
+        found.add({name: column[block.rows] for name, column in columns.items()}, block)
+    return found.estimates()
 
 
 def slow_ranks(values):
@@ -48,13 +64,13 @@ def slowly(columns, pair):
 
 def test_values_equal_slow_ones():
     columns, document = some_columns()
-    for name, found in correlations(columns, PAIRS, document, draws=5).items():
+    for name, found in correlations(columns, PAIRS, document, draws=5, bins=120).items():
         assert found.value == pytest.approx(slowly(columns, PAIRS[name]), abs=1e-12), name
 
 
 def test_draws_equal_slow_ones_on_the_documents_drawn():
     columns, document = some_columns()
-    found = correlations(columns, PAIRS, document, draws=30, seed=3)
+    found = correlations(columns, PAIRS, document, draws=30, seed=3, bins=120)
     every = {name: [] for name in PAIRS}
     for times in resampled(7, draws=30, seed=3):
         rows = np.concatenate([np.flatnonzero(document == number) for number, often in enumerate(times) for _ in range(often)])
@@ -133,3 +149,96 @@ def test_too_few_documents_or_draws_are_refused(documents, draws, message):
 
 def test_values_that_do_not_exist_are_left_out_of_an_interval():
     assert Estimate.of(0.5, np.array([math.nan, 0.1, 0.1])) == Estimate(0.5, 0.1, 0.1)
+
+
+def a_text(documents, seed=0, tokens=60):
+    """Columns like those of routes, document by document: harder documents go deeper, and frequent tokens are easy."""
+    draw = np.random.default_rng(seed)
+    for number in range(documents):
+        size = int(draw.integers(2, 2 * tokens))
+        frequency = np.floor(40 * draw.random(size) ** 3)
+        hard = draw.normal(size=size) + draw.normal() - frequency / 20
+        yield (
+            number,
+            {
+                "steps": np.clip(np.round(3 + hard + draw.normal(size=size)), 1, 8),
+                "loss": np.exp(hard + draw.normal(size=size)),
+                "frequency": frequency,
+                "position": np.arange(size, dtype=float),
+            },
+        )
+
+
+def stream(documents, *, draws, group=100):
+    """Correlations and a mean of a text that is there only piece by piece."""
+    starts = {"steps": np.arange(2, 9), "frequency": np.arange(1, 40), "position": np.arange(1, 120, 2)}
+    drawn, found, mean, text = Draws(documents, draws=draws), None, Mean(draws), a_text(documents)
+    while some := list(islice(text, group)):
+        columns = {name: np.concatenate([one[name] for _, one in some]) for name in some[0][1]}
+        document = np.repeat([number for number, _ in some], [len(one["loss"]) for _, one in some])
+        found = found or Correlations(PAIRS, starts | {"loss": bin_starts(columns["loss"])}, draws=draws)
+        for block in drawn.blocks(document):
+            part = {name: column[block.rows] for name, column in columns.items()}
+            found.add(part, block)
+            mean.add(part["loss"], block)
+    return found.estimates() | {"mean": mean.estimate()}
+
+
+def test_a_text_in_pieces_gives_what_its_whole_columns_give():
+    draws, documents = 60, 400
+    found = stream(documents, draws=draws)
+    whole = [one for _, one in a_text(documents)]
+    columns = {name: np.concatenate([one[name] for one in whole]) for name in whole[0]}
+    document = np.repeat(np.arange(documents), [len(one["loss"]) for one in whole])
+    values, mean = {name: [] for name in PAIRS}, []
+    for often in (np.ones(documents, dtype=int), *resampled(documents, draws=draws)):
+        rows = np.repeat(np.arange(len(document)), often[document])
+        ranks = {name: mean_ranks(column[rows]) for name, column in columns.items()}
+        mean.append(columns["loss"][rows].mean())
+        for name, pair in PAIRS.items():
+            of = ranks if pair.ranks else {name: column[rows] for name, column in columns.items()}
+            values[name].append(slow_correlation(of[pair.one], of[pair.other], [of[fixed] for fixed in pair.fixed]))
+    for name, exact in (values | {"mean": mean}).items():
+        bound = 1e-9 if name in ("pearson", "partial pearson", "mean") else 5e-4  # losses of one bin share their rank
+        low, high = np.quantile(exact[1:], [0.025, 0.975])
+        assert found[name].value == pytest.approx(exact[0], abs=bound), name
+        assert (found[name].low, found[name].high) == pytest.approx((low, high), abs=bound), name
+
+
+def mean_ranks(values):
+    _, kind, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - count / 2)[kind]
+
+
+def test_memory_does_not_grow_with_the_text():
+    def peak(documents):
+        tracemalloc.start()
+        stream(documents, draws=20)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(200)  # what is imported on the way
+    assert peak(2000) < 1.02 * peak(200)
+
+
+def test_draws_do_not_depend_on_how_documents_are_cut_into_blocks(monkeypatch):
+    document = np.repeat(np.arange(7), [3, 1, 4, 1, 5, 9, 2])
+    whole = Draws(7, draws=9).take(7)
+    monkeypatch.setattr("pathlm.evaluate.bootstrap.AT_ONCE", 2)
+    drawn = Draws(7, draws=9)
+    blocks = [*drawn.blocks(document[:8]), *drawn.blocks(document[8:])]
+    assert np.concatenate([block.times_DR for block in blocks]).tolist() == whole.tolist()
+    assert [len(block.times_DR) for block in blocks] == [2, 1, 2, 2]
+    assert np.concatenate([block.place_N for block in blocks]).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, *[1] * 5, *[0] * 9, 1, 1]
+
+
+def test_bins_hold_equal_shares_and_equals_stay_together():
+    values = np.random.default_rng(0).normal(size=6400)
+    assert np.bincount(which_bin(values, bin_starts(values, bins=64))).tolist() == pytest.approx([100] * 64, abs=1)
+    assert bin_starts(np.array([3, 1, 1, 2]), bins=3).tolist() == [2, 3]
+    tied = np.repeat([0, 1, 2, 3], [1, 96, 2, 1])
+    assert which_bin(tied, bin_starts(tied, bins=2)).tolist() == [0] * 97 + [1] * 3
+    weighted = bin_starts(np.arange(10), np.array([0, 0, 0, 0, 5, 5, 0, 0, 0, 0]), bins=2)
+    assert which_bin(np.array([4, 5]), weighted).tolist() == [0, 1]
+    assert equal_parts(np.array([0, 3, 0]), 10).tolist() == [0, 5, 9]

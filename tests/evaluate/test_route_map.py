@@ -10,9 +10,10 @@ import torch
 from arrays import ArrayCorpus, random_documents
 from test_routing import STEPS, make_routed
 
+from pathlm.evaluate.correlation import equal_parts
 from pathlm.evaluate.route_map import RouteMap
-from pathlm.evaluate.routes import RouteRecords, route_table
-from pathlm.evaluate.slices import CLASSES, slices, tenths, token_class
+from pathlm.evaluate.routes import COLUMNS, RouteRecords, route_table
+from pathlm.evaluate.slices import CLASSES, PARTS, Slices, token_class
 from pathlm.models.brian.tracing import paths
 
 
@@ -180,6 +181,21 @@ def test_a_word_does_not_go_on_in_another_document():
     assert [CLASSES[number] for number in found] == ["word start", "inside word", "word start"]
 
 
+def tenths(values):
+    _, kind, count = np.unique(values, return_inverse=True, return_counts=True)
+    return equal_parts(count, PARTS)[kind]
+
+
+def slices(records, tokenizer, frequency, *, difficulty, gain):
+    """Slices of records that come a document at a time."""
+    found = Slices(tokenizer, frequency, np.unique(difficulty)[1:])
+    for number in np.unique(records.document):
+        rows = records.document == number
+        part = RouteRecords(**{name: getattr(records, name)[rows] for name in COLUMNS}, header={})
+        found.add(part, difficulty_N=difficulty[rows], gain_N=gain[rows])
+    return found.rows()
+
+
 def test_equals_lie_in_one_tenth_and_parts_are_equal_without_them():
     assert tenths(np.arange(30)).tolist() == [n // 3 for n in range(30)]
     assert tenths(np.array([5, 5, 5, 5])).tolist() == [5] * 4
@@ -191,7 +207,7 @@ def test_slices_are_means_over_their_tokens():
     records = table(tokens)
     gain = np.linspace(-1, 1, 45)
     frequency = np.array([0, 9, 5, 0, 0, 70])
-    found = slices(records, Words(), frequency, difficulty_N=-records.loss, gain_N=gain)
+    found = slices(records, Words(), frequency, difficulty=-records.loss, gain=gain)
     assert [(row["label"], row["tokens"]) for row in found["position"]] == [("0–15", 16), ("16–31", 16), ("32–63", 13)]
     assert [(row["label"], row["tokens"]) for row in found["class"]] == [("word start", 15), ("inside word", 15), ("punctuation", 15)]
     assert [row["tokens"] for row in found["frequency"]] == [15, 15, 15]
@@ -210,7 +226,7 @@ def test_slices_are_means_over_their_tokens():
 
 def test_one_token_far_back_is_sliced_too():
     records = table([1], position=[1000])
-    found = slices(records, Words(), np.ones(12), difficulty_N=records.loss, gain_N=np.zeros(1))
+    found = slices(records, Words(), np.ones(12), difficulty=records.loss, gain=np.zeros(1))
     assert [row["label"] for row in found["position"]] == ["512–1023"]
 
 

@@ -1,5 +1,6 @@
 """Routes of every token, budgets, and controls: equal to one traced forward pass per document, and to histograms counted by hand."""
 
+import dataclasses
 import io
 import json
 import math
@@ -8,16 +9,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from arrays import ArrayCorpus, make_llama, random_documents
+from arrays import ArrayCorpus, Letters, make_llama, random_documents
 
 from pathlm import build, preset
 from pathlm.evaluate import routing
-from pathlm.evaluate.controls import PASSES, controls, frequency_depths, random_depths, static_depths, token_frequency
+from pathlm.evaluate.bootstrap import Draws, Mean, mean_with_interval
+from pathlm.evaluate.controls import PASSES, Deal, Order, controls, random_depths, static_depths, token_frequency
+from pathlm.evaluate.depth import Depth, Reading, aligned, readings
 from pathlm.evaluate.lm import score, token_losses
 from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import TokenLosses
-from pathlm.evaluate.routes import budget_curve, route_table
-from pathlm.evaluate.routing import aligned, difficulty_depth
+from pathlm.evaluate.routes import RouteTotals, all_take, budget_curve, route_table, route_totals
 
 VOCABULARY = 40
 STEPS = 4
@@ -133,7 +135,7 @@ def test_budgets_that_were_not_trained_are_refused_before_any_work(model, corpus
 
 
 def test_depths_are_the_steps_taken_in_every_window(model, corpus, records):
-    depth = random_depths(records.steps, seed=1)
+    depth = at_random(records.steps, seed=1)
     found = route_table(model, corpus, context=10, stride=3, depths=depth)
     assert found.steps.tolist() == depth.tolist()
     same = route_table(model, corpus, context=16, depths=records.steps)
@@ -144,6 +146,26 @@ def test_depths_are_the_steps_taken_in_every_window(model, corpus, records):
         route_table(model, corpus, depths=depth[1:])
 
 
+def dealt(depths, tokens, piece=37):
+    """What a rule deals out to tokens that come piece by piece."""
+    pieces = [slice(first, min(first + piece, tokens)) for first in range(0, tokens, piece)]
+    return np.concatenate([depths((), rows) for rows in pieces])
+
+
+def by(value):
+    """Tokens in the order of a column."""
+    _, kind, count = np.unique(value, return_inverse=True, return_counts=True)
+    return Order(count, lambda _, rows: kind[rows])
+
+
+def at_random(steps, seed=0):
+    return dealt(random_depths(np.bincount(steps), seed=seed), len(steps))
+
+
+def by_frequency(steps, frequency, *, rare_deep, seed=0):
+    return dealt(Deal(np.bincount(steps), by(frequency), downwards=rare_deep, seed=seed), len(steps))
+
+
 def drawn_steps(tokens=500, seed=0):
     draw = np.random.default_rng(seed)
     return draw.integers(1, 7, size=tokens).astype(np.int16), draw.integers(0, 12, size=tokens) ** 2
@@ -152,7 +174,7 @@ def drawn_steps(tokens=500, seed=0):
 @pytest.mark.parametrize("rare_deep", [True, False])
 def test_controls_have_exactly_the_histogram_asked_for(rare_deep):
     steps, frequency = drawn_steps()
-    for depth in (random_depths(steps), frequency_depths(steps, frequency, rare_deep=rare_deep)):
+    for depth in (at_random(steps), by_frequency(steps, frequency, rare_deep=rare_deep)):
         assert np.bincount(depth).tolist() == np.bincount(steps).tolist()
         assert not np.array_equal(depth, steps)
 
@@ -160,7 +182,7 @@ def test_controls_have_exactly_the_histogram_asked_for(rare_deep):
 def test_depths_by_frequency_never_put_a_rarer_token_below_a_more_frequent_one():
     steps, frequency = drawn_steps()
     for rare_deep in (True, False):
-        depth = frequency_depths(steps, frequency, rare_deep=rare_deep)
+        depth = by_frequency(steps, frequency, rare_deep=rare_deep)
         order = np.argsort(-frequency if rare_deep else frequency)
         by_kind = [depth[order][frequency[order] == kind] for kind in dict.fromkeys(frequency[order].tolist())]
         assert all(before.max() <= after.min() for before, after in pairwise(by_kind))
@@ -169,7 +191,7 @@ def test_depths_by_frequency_never_put_a_rarer_token_below_a_more_frequent_one()
 
 def test_random_depths_know_nothing_of_steps_or_frequency():
     steps, frequency = drawn_steps(20_000)
-    depth = random_depths(steps)
+    depth = at_random(steps)
     assert abs(np.corrcoef(depth, steps)[0, 1]) < 0.03 and abs(np.corrcoef(depth, frequency)[0, 1]) < 0.03
 
 
@@ -177,24 +199,38 @@ def test_random_depths_know_nothing_of_steps_or_frequency():
     "steps", [drawn_steps()[0], np.array([3, 3, 3]), np.array([1, 2]), np.array([1, 1, 1, 2, 8, 8, 8], dtype=np.int16)]
 )
 def test_static_depths_keep_the_mean_with_two_neighbouring_numbers(steps):
-    depth = static_depths(steps)
-    assert depth.sum() == steps.sum() and depth.dtype == steps.dtype
+    depth = dealt(static_depths(np.bincount(steps)), len(steps))
+    assert depth.sum() == steps.sum() and depth.dtype == np.int16
     assert set(depth.tolist()) <= {math.floor(steps.mean()), math.ceil(steps.mean())}
     assert np.abs(np.cumsum(depth) - np.arange(1, len(steps) + 1) * steps.mean()).max() < 1
 
 
+def controlled(model, corpus, records, frequency, difficulty=None):
+    """What controls of the same text measure."""
+    routed, loss = RouteTotals(records.header), Mean(50)
+    routed.add(records)
+    for block in Draws(7, draws=50).blocks(records.document):
+        loss.add(records.loss[block.rows], block)
+    return controls(
+        model, corpus, "validation", routed=routed, loss=loss, frequency=by(frequency[records.token]),
+        difficulty=None if difficulty is None else by(difficulty), draws=lambda: Draws(7, draws=50), seed=0, context=16,
+    )  # fmt: skip
+
+
 def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
     frequency = token_frequency(corpus, vocabulary=VOCABULARY)
-    found = controls(model, corpus, "validation", records, frequency, draws=50, context=16)
+    found = controlled(model, corpus, records, frequency)
     assert set(found) == {"random", "static", "rare_deep", "frequent_deep", "frequency"}
     routed = records.score()
     for name in ("random", "rare_deep", "frequent_deep"):
         assert found[name]["histogram"] == pytest.approx(routed.histogram)
     assert found["static"]["steps_mean"] == pytest.approx(routed.steps_mean)
-    depth = frequency_depths(records.steps, frequency[records.token], rare_deep=True)
+    depth = dealt(Deal(np.bincount(records.steps), by(frequency[records.token]), downwards=True), len(records), piece=len(records))
     by_hand = route_table(model, corpus, context=16, depths=depth)
     assert found["rare_deep"]["loss"] == pytest.approx(by_hand.loss.mean(dtype=np.float64))
     assert found["rare_deep"]["excess"]["value"] == pytest.approx(float(by_hand.loss.mean(dtype=np.float64)) - routed.loss, abs=1e-6)
+    expected = mean_with_interval(by_hand.loss - records.loss, records.document, draws=50).to_dict()
+    assert found["rare_deep"]["excess"] == pytest.approx(expected, abs=1e-6)
     assert found["frequency"]["loss"] == min(found["rare_deep"]["loss"], found["frequent_deep"]["loss"])
     assert found[found["frequency"]["rule"]]["loss"] == found["frequency"]["loss"]
 
@@ -202,7 +238,7 @@ def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
 def test_depth_may_be_dealt_by_difficulty_either_way(model, corpus, records):
     frequency = token_frequency(corpus, vocabulary=VOCABULARY)
     difficulty = np.random.default_rng(3).exponential(size=len(records))
-    found = controls(model, corpus, "validation", records, frequency, difficulty_N=difficulty, draws=50, context=16)
+    found = controlled(model, corpus, records, frequency, difficulty)
     for name, way in (("hard_deep", 1), ("easy_deep", -1)):
         depth = np.empty_like(records.steps)
         depth[np.argsort(way * difficulty)] = np.sort(records.steps)
@@ -215,20 +251,29 @@ def test_frequencies_are_those_of_the_training_split(corpus):
     assert count.tolist() == [every.count(token) for token in range(VOCABULARY)]
 
 
+def depth_of(reading, corpus, frequency):
+    found = Depth(reading, corpus.documents("validation"), frequency, Letters(), draws=100)
+    found.add(reading)
+    return found
+
+
+def with_steps(records, steps):
+    return dataclasses.replace(records, steps=steps)
+
+
 def test_depth_that_follows_difficulty_is_found_and_depth_by_frequency_is_not(corpus, records):
     draw = np.random.default_rng(0)
     frequency = np.arange(VOCABULARY) + 1
     hard = draw.normal(size=len(records))
     rank = np.argsort(np.argsort(hard))
-    follows = np.sort(records.steps)[rank]
-    by_token = frequency_depths(records.steps, frequency[records.token], rare_deep=True)
+    follows = with_steps(records, np.sort(records.steps)[rank])
+    by_token = with_steps(records, by_frequency(records.steps, frequency[records.token], rare_deep=True))
     loss = hard - 2 * np.log1p(frequency[records.token]) / np.log1p(frequency).std()
-    fields = {name: getattr(records, name) for name in ("document", "position", "token", "following", "loss", "evaluations", "header")}
-    found = difficulty_depth(type(records)(**fields, steps=follows), loss, frequency, draws=100)
-    assert all(estimate.low > 0 for estimate in found.values())
+    found = depth_of(Reading(follows, records, records, loss), corpus, frequency).correlations()["loss"]
+    assert all(estimate["low"] > 0 for estimate in found.values())
     assert set(found) == {"spearman", "pearson", "partial_spearman", "partial_spearman_following"}
-    found = difficulty_depth(type(records)(**fields, steps=by_token), loss, frequency, draws=100)
-    assert found["spearman"].low > 0 and found["partial_spearman"].low < 0.1
+    found = depth_of(Reading(by_token, records, records, loss), corpus, frequency).correlations()["loss"]
+    assert found["spearman"]["low"] > 0 and found["partial_spearman"]["low"] < 0.1
 
 
 def test_losses_of_other_tokens_are_refused(corpus, records):
@@ -240,8 +285,6 @@ def test_losses_of_other_tokens_are_refused(corpus, records):
         aligned(records, TokenLosses.of(numbers[1:], documents[1:], losses[1:], {}))
     with pytest.raises(ValueError, match="other tokens"):
         aligned(records, TokenLosses.of(numbers, [document[::-1] for document in documents], losses, {}))
-    with pytest.raises(ValueError, match="one per token"):
-        aligned(records, same.loss[1:])
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +331,8 @@ def test_a_run_writes_everything_beside_its_evaluation(prepared):
 
 def test_a_token_that_leaves_early_saves_the_operations_of_the_blocks_it_does_not_visit(model, corpus):
     def flops(depth):
-        return routing.of_costs(model, route_table(model, corpus, context=16, depths=np.full(count, depth)))["compute/flops_per_token"]
+        return routing.of_costs(model, route_totals(model, corpus, context=16, depths=all_take(depth)))["compute/flops_per_token"]
 
-    count = sum(len(document) - 1 for document in corpus.data["validation"])
     assert flops(STEPS) == model.flops_per_token(16)
     assert flops(STEPS) - flops(1) == pytest.approx(3 * model.costs(16)["flops_per_visit"])
 
@@ -317,29 +359,29 @@ def test_a_run_takes_records_of_an_earlier_evaluation_and_prints_its_tables(prep
         routing.run(prepared / "routed", corpus, "validation", against=losses, **options)
 
 
-def test_gain_is_the_loss_at_the_fewest_steps_minus_that_at_all_of_them(model, corpus, records):
-    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
-    early, late = (route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS))
-    same = routing.extremes(model, corpus, "validation", records, context=16)
-    found = routing.measured_gain(records, *same, frequency, draws=50)
-    assert (found["shortest"]["steps_mean"], found["deepest"]["steps_mean"]) == (1, STEPS)
-    assert found["mean"]["value"] == pytest.approx(float((early.loss - late.loss).mean(dtype=np.float64)), abs=1e-6)
-    expected = difficulty_depth(records, early.loss - late.loss, frequency, draws=50)
-    assert found["correlations"] == {name: estimate.to_dict() for name, estimate in expected.items()}
-    assert (
-        found["correlations"]["spearman"]["low"] <= found["correlations"]["spearman"]["value"] <= found["correlations"]["spearman"]["high"]
-    )
+@pytest.fixture(scope="module")
+def extremes(model, corpus, records):
+    """The same tokens where all leave after one step, and where all take every step."""
+    return [route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS)]
 
 
-def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(model, corpus, records):
-    frequency = token_frequency(corpus, vocabulary=VOCABULARY)
-    early, late = (route_table(model, corpus, context=16, depths=np.full_like(records.steps, depth)) for depth in (1, STEPS))
+def test_gain_is_the_loss_at_the_fewest_steps_minus_that_at_all_of_them(model, corpus, records, extremes):
+    early, late = extremes
+    (reading,) = readings(model, corpus, "validation", context=16)
+    assert (reading.early.score().steps_mean, reading.late.score().steps_mean) == (1, STEPS)
+    found = depth_of(reading, corpus, token_frequency(corpus, vocabulary=VOCABULARY))
+    assert found.gain.estimate().value == pytest.approx(float((early.loss - late.loss).mean(dtype=np.float64)), abs=1e-6)
+    spearman = found.correlations()["gain"]["spearman"]
+    assert spearman["low"] <= spearman["value"] <= spearman["high"]
+
+
+def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(corpus, records, extremes):
+    early, late = extremes
     by_gain = np.empty_like(records.steps)
     by_gain[np.argsort(early.loss - late.loss)] = np.sort(records.steps)
-    fields = {name: getattr(records, name) for name in ("document", "position", "token", "following", "loss", "evaluations", "header")}
-    dealt = type(records)(**fields, steps=by_gain)
-    found = routing.measured_gain(dealt, early, late, frequency, draws=50)
-    assert found["correlations"]["spearman"]["low"] > 0.5
+    reading = Reading(with_steps(records, by_gain), early, late)
+    found = depth_of(reading, corpus, token_frequency(corpus, vocabulary=VOCABULARY)).correlations()
+    assert found["gain"]["spearman"]["low"] > 0.5 and "loss" not in found
 
 
 @pytest.mark.parametrize(
@@ -364,7 +406,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(prepared, options, m
     if options.get("against") == "losses of fewer":
         options = {"against": prepared / "fewer.safetensors"}
         evaluate(prepared / "plain", prepared / "corpus", split="train", max_documents=2, order=0, records=options["against"], device="cpu")
-    monkeypatch.setattr(routing, "route_table", None)
+    monkeypatch.setattr(routing, "readings", None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         routing.run(prepared / "routed", prepared / "corpus", **{"split": "train", "device": "cpu"} | options)
 
@@ -456,7 +498,7 @@ def test_the_progress_bar_reaches_its_end(prepared, monkeypatch):
 
 def test_documents_read_in_several_groups_give_the_same_rows(model, corpus, records, monkeypatch):
     monkeypatch.setattr("pathlm.evaluate.lm.GROUP_TOKENS", 20)
-    depth = random_depths(records.steps)
+    depth = at_random(records.steps)
     for options in ({}, {"depths": depth}):
         found = route_table(model, corpus, context=16, **options)
         assert found.steps.tolist() == (depth if options else records.steps).tolist()

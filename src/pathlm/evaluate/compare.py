@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +19,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from pathlm.evaluate.checkpoint import find_checkpoint, open_model, run_folder, run_record
-from pathlm.evaluate.lm import LanguageScore, choose, reach, score
+from pathlm.evaluate.lm import LanguageScore, choose, groups, reach, score
 from pathlm.evaluate.ngram import KneserNey
 from pathlm.evaluate.recorded import replace
-from pathlm.evaluate.routes import route_table
+from pathlm.evaluate.records import LossWriter
+from pathlm.evaluate.routes import RouteTotals, route_groups
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens the n-grams are counted on at most, the first whole documents: counting takes about 300 bytes of memory a token."""
@@ -94,8 +95,9 @@ def run(
         "ngrams": _ngrams(data, split, chosen, order=order, console=console),
     }
     options = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
-    with bar(console, "model", total=sum(record.tokens - 1 for record in chosen)) as advance:
-        mine, routes = _measured(model, data, split, budget=budget, records=records, progress=advance, **options)
+    tokens = sum(record.tokens - 1 for record in chosen)
+    with bar(console, "model", total=tokens) as advance:
+        mine, routes = _measured(model, data, split, tokens=tokens, budget=budget, records=records, progress=advance, **options)
     result |= {"model": mine.to_dict(), "routes": routes}
     asked = asked_for(budget, branches)
     file = note_result(run_folder(model_folder) / "eval.json", split + asked, result)
@@ -110,18 +112,25 @@ def run(
 
 
 def _measured(
-    model: Any, corpus: Any, split: str, *, budget: float | None, records: Path | str | None, **options: Any
+    model: Any, corpus: Any, split: str, *, tokens: int, budget: float | None, records: Path | str | None, **options: Any
 ) -> tuple[LanguageScore, dict[str, Any] | None]:
     """Return what the model lost, and for one with a pool what it computed for that."""
     if getattr(model, "pool", None) is None:
         return score(model, corpus, split, records=records, **options), None
-    begun = time.perf_counter()
-    found = route_table(model, corpus, split, budget=budget, **options)
-    if records is not None:
-        found.losses().write(records)
-    whole, most = asdict(found.score()), {"max_route_steps": model.config.max_route_steps, "blocks": model.config.num_hidden_layers}
+    begun, totals, out = time.perf_counter(), None, None
+    with ExitStack() as files:
+        for part in route_groups(model, corpus, split, budget=budget, **options):
+            if totals is None:
+                totals = RouteTotals(part.header)
+                if records is not None:
+                    out = files.enter_context(LossWriter(records, part.losses().header, tokens=tokens))
+            totals.add(part)
+            if out is not None:
+                out.add(part.losses())
+    assert totals is not None, "`choose` refuses a split without documents"
+    whole, most = asdict(totals.score()), {"max_route_steps": model.config.max_route_steps, "blocks": model.config.num_hidden_layers}
     routes = most | {name: whole[name] for name in ("steps_mean", "steps_share", "block_evaluations", "blocks_share", "histogram")}
-    return found.language(seconds=time.perf_counter() - begun), routes
+    return totals.language(seconds=time.perf_counter() - begun), routes
 
 
 def computed(routes: dict[str, Any]) -> str:
@@ -203,10 +212,13 @@ def _count_and_score(corpus: Any, split: str, chosen: Sequence[Any], *, order: i
         starts.append(end)
         end += record.tokens
     reference = KneserNey(corpus.tokens("train")[0:end], np.array(starts), vocab_size=corpus.vocab_size, order=order)
-    sizes = np.cumsum([0, *(record.tokens for record in chosen)])
-    # The chosen documents are the split's first, so they are a prefix of its tokens.
-    losses = reference.losses(corpus.tokens(split)[0 : int(sizes[-1])], sizes[:-1])
-    return end, losses.sum(axis=1).tolist()
+    nats, first = np.zeros(order), 0
+    for group in groups(chosen):
+        # The chosen documents are the split's first, so a group lies together in its tokens, from `first` on.
+        sizes = np.cumsum([0, *(record.tokens for record in group)])
+        nats += reference.losses(corpus.tokens(split)[first : first + int(sizes[-1])], sizes[:-1]).sum(axis=1)
+        first += int(sizes[-1])
+    return end, nats.tolist()
 
 
 def _ngrams(corpus: Any, split: str, chosen: Sequence[Any], *, order: int, console: Console | None) -> dict[str, Any]:

@@ -2,84 +2,124 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pathlm.evaluate.correlation import DRAWS, mean_with_interval
-from pathlm.evaluate.lm import GROUP_TOKENS
-from pathlm.evaluate.routes import RouteRecords, route_table
+from pathlm.evaluate.bootstrap import Draws, Mean
+from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore
+from pathlm.evaluate.routes import Depths, RouteRecords, RouteTotals, route_groups
 
-# Shapes: N tokens whose routes are dealt out, V vocabulary
+# Shapes: N tokens whose routes are dealt out, K kinds of tokens, S numbers of route steps from 0, V vocabulary
 
 RANDOM_DEALS = 3
 """How often random steps are dealt, to take the mean."""
 PASSES = RANDOM_DEALS + 3
-"""Times that `controls` reads the documents."""
+"""Times that `controls` reads the documents; twice more with a difficulty."""
 
 
-def random_depths(steps_N: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Deal the same steps out to the tokens anew, at random."""
-    return np.random.default_rng(seed).permutation(steps_N)
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What tokens are put in order by: kinds, smallest first."""
+
+    count_K: np.ndarray
+    """How many of all tokens are of each kind"""
+    kinds: Depths
+    """The kind of each token, asked for as depths are"""
 
 
-def static_depths(steps_N: np.ndarray) -> np.ndarray:
+class Deal:
+    """Deals steps out to tokens as they come, the larger numbers to the later kinds of an order; within a kind the lot decides.
+
+    `left_S` says how many tokens take 0, 1, 2 … steps. Kept is how many tokens of each kind take how many, so memory does not grow with
+    the text.
+    """
+
+    def __init__(self, left_S: np.ndarray, order: Order, *, downwards: bool = False, seed: int = 0) -> None:
+        count_K = order.count_K[::-1] if downwards else order.count_K
+        end_K, end_S = np.cumsum(count_K), np.cumsum(left_S)
+        shared_KS = np.minimum.outer(end_K, end_S) - np.maximum.outer(end_K - count_K, end_S - left_S)
+        shared_KS = np.maximum(shared_KS, 0).astype(np.int64)
+        self._left_KS = shared_KS[::-1].copy() if downwards else shared_KS
+        self._kinds, self._random = order.kinds, np.random.default_rng(seed)
+
+    def __call__(self, documents: Sequence[np.ndarray], rows: slice) -> np.ndarray:
+        """Return the steps of the next tokens."""
+        kind_N = self._kinds(documents, rows)
+        depth_N = self._left_KS.argmax(1)[kind_N].astype(np.int16)
+        mixed_K = (self._left_KS > 0).sum(1) > 1
+        for kind in np.unique(kind_N[mixed_K[kind_N]]).tolist():
+            here = np.flatnonzero(kind_N == kind)
+            dealt_S = self._random.multivariate_hypergeometric(self._left_KS[kind], len(here))
+            depth_N[here] = self._random.permutation(np.repeat(np.arange(len(dealt_S)), dealt_S))
+            self._left_KS[kind] -= dealt_S
+        return depth_N
+
+
+def random_depths(left_S: np.ndarray, *, seed: int = 0) -> Deal:
+    """Deal the same steps out to the tokens anew, at random: all are of one kind."""
+    every = Order(left_S.sum(keepdims=True), lambda documents, rows: np.zeros(rows.stop - rows.start, dtype=np.int64))
+    return Deal(left_S, every, seed=seed)
+
+
+def static_depths(left_S: np.ndarray) -> Depths:
     """Give every token the mean number of steps: the whole numbers around it in turns, so that the mean is kept to a step in all."""
-    reached = np.floor(np.arange(len(steps_N) + 1) * (steps_N.sum(dtype=np.int64) / len(steps_N)) + 1e-9)
-    return np.diff(reached).astype(steps_N.dtype)
+    mean = float(left_S @ np.arange(len(left_S)) / left_S.sum())
 
+    def deal(documents: Sequence[np.ndarray], rows: slice) -> np.ndarray:
+        return np.diff(np.floor(np.arange(rows.start, rows.stop + 1) * mean + 1e-9)).astype(np.int16)
 
-def frequency_depths(steps_N: np.ndarray, frequency_N: np.ndarray, *, rare_deep: bool, seed: int = 0) -> np.ndarray:
-    """Deal the same steps out by how frequent tokens are: the largest to the rarest, or to the most frequent. Equals are drawn by lot."""
-    lot_N = np.random.default_rng(seed).permutation(len(steps_N))
-    order = np.lexsort((lot_N, -frequency_N if rare_deep else frequency_N))
-    depth_N = np.empty_like(steps_N)
-    depth_N[order] = np.sort(steps_N)
-    return depth_N
+    return deal
 
 
 def controls(
-    model: Any,
-    corpus: Any,
-    split: str,
-    records: RouteRecords,
-    frequency_V: np.ndarray,
-    *,
-    difficulty_N: np.ndarray | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
-    """Let the same model leave the pool by rules that know nothing of the text, with the steps that `records` tell of.
+    model: Any, corpus: Any, split: str, *, routed: RouteTotals, loss: Mean, frequency: Order, difficulty: Order | None,
+    draws: Callable[[], Draws], seed: int, **options: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Let the same model leave the pool by rules that know nothing of the text, with the steps that `routed` tells of.
 
     `random` deals the same steps out at random (the mean of several deals), `static` gives everybody the mean, `rare_deep` and
     `frequent_deep` go by how frequent a token is; `frequency` repeats the better of these two on this very split, which flatters it.
-    With `difficulty_N`, an independent model's losses, `hard_deep` and `easy_deep` go by these: they know what follows, so they are no
-    rules for use, but they say whether depth belongs to what is hard. Each has its score and `excess`: its loss minus the routed model's,
-    with the interval over documents. The blocks stay the router's choice. `options` are those of `route_table`, as they were for `records`.
+    With `difficulty`, an independent model's losses, `hard_deep` and `easy_deep` go by these: they know what follows, so they are no
+    rules for use, but they say whether depth belongs to what is hard. Each has its score and `excess`: its loss minus the routed model's
+    (`loss`), with the interval over documents. The blocks stay the router's choice. `draws` begins the draws anew that `loss` was made
+    with, and `options` are those of `route_groups`, as they were for `routed`.
     """
-    steps_N, frequency_N = records.steps, frequency_V[records.token]
-    rules = {
-        "random": [random_depths(steps_N, seed=seed + i) for i in range(RANDOM_DEALS)],
-        "static": [static_depths(steps_N)],
-        "rare_deep": [frequency_depths(steps_N, frequency_N, rare_deep=True, seed=seed)],
-        "frequent_deep": [frequency_depths(steps_N, frequency_N, rare_deep=False, seed=seed)],
+    left_S = routed.left_S
+    rules: dict[str, list[Depths]] = {
+        "random": [random_depths(left_S, seed=seed + i) for i in range(RANDOM_DEALS)],
+        "static": [static_depths(left_S)],
+        "rare_deep": [Deal(left_S, frequency, downwards=True, seed=seed)],
+        "frequent_deep": [Deal(left_S, frequency, seed=seed)],
     }
-    if difficulty_N is not None:
-        rules["hard_deep"] = [frequency_depths(steps_N, -difficulty_N, rare_deep=True, seed=seed)]
-        rules["easy_deep"] = [frequency_depths(steps_N, -difficulty_N, rare_deep=False, seed=seed)]
+    if difficulty is not None:
+        rules["hard_deep"] = [Deal(left_S, difficulty, seed=seed)]
+        rules["easy_deep"] = [Deal(left_S, difficulty, downwards=True, seed=seed)]
     results: dict[str, dict[str, Any]] = {}
     for name, deals in rules.items():
-        tables = [route_table(model, corpus, split, depths=depth_N, **options) for depth_N in deals]
-        loss_N = np.mean([table.loss for table in tables], axis=0, dtype=np.float64)
-        excess = mean_with_interval(loss_N - records.loss, records.document, draws=draws, seed=seed)
-        found = asdict(tables[0].score())
-        bits = float(loss_N.sum()) / (math.log(2) * records.header["bytes"])
-        results[name] = found | {"loss": float(loss_N.mean()), "bits_per_byte": bits, "excess": excess.to_dict()}
+        mean = Mean(loss.draws)
+        parts = [_totals(route_groups(model, corpus, split, depths=depths, **options), mean, draws()) for depths in deals]
+        whole = LanguageScore.of(
+            sum(part.nats for part in parts) / len(parts), tokens=routed.tokens, size=routed.header["bytes"], documents=routed.documents
+        )
+        found = replace(parts[0].score(), loss=whole.loss, bits_per_byte=whole.bits_per_byte)
+        results[name] = asdict(found) | {"excess": mean.estimate(minus=loss).to_dict()}
     better = min(("rare_deep", "frequent_deep"), key=lambda name: results[name]["loss"])
     return results | {"frequency": results[better] | {"rule": better}}
+
+
+def _totals(groups: Iterable[RouteRecords], mean: Mean, drawn: Draws) -> RouteTotals:
+    """Sum up records, and add their losses to a mean."""
+    totals: RouteTotals | None = None
+    for records in groups:
+        totals = totals or RouteTotals(records.header)
+        totals.add(records)
+        for block in drawn.blocks(records.document):
+            mean.add(records.loss[block.rows], block)
+    assert totals is not None, "there are as many documents as were drawn"
+    return totals
 
 
 def token_frequency(corpus: Any, *, split: str = "train", vocabulary: int | None = None) -> np.ndarray:

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from pathlm.evaluate.bootstrap import mean_with_interval
 from pathlm.evaluate.cached import forced_hits, write_greedily
 from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record
 from pathlm.evaluate.compare import asked_for, bar, note_result
-from pathlm.evaluate.correlation import mean_with_interval
 from pathlm.text.synthetic import LONG_TASKS, LongTask, SampleStream, open_task
 from pathlm.text.synthetic.words import SampleEncoder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,19 +52,9 @@ class RouteRecords:
 
     def score(self) -> RouteScore:
         """Sum up."""
-        whole, most = self.language(), self.header["max_route_steps"]
-        mean, evaluations = float(self.steps.mean()), float(self.evaluations.mean())
-        return RouteScore(
-            self.header["budget"], whole.loss, whole.bits_per_byte, mean, mean / most if most else 0.0, evaluations,
-            (np.bincount(self.steps, minlength=most + 1) / len(self)).tolist(), len(self), whole.documents,
-            evaluations / self.header["blocks"],
-        )  # fmt: skip
-
-    def language(self, **others: Any) -> LanguageScore:
-        """Sum up the losses alone, as `evaluate.lm.score` does; `others` are fields of the score that are not known here."""
-        nats, documents = float(self.loss.sum(dtype=np.float64)), len(np.unique(self.document))
-        where = {name: self.header[name] for name in ("context", "stride")}
-        return LanguageScore.of(nats, tokens=len(self), size=self.header["bytes"], documents=documents, **where | others)
+        whole = RouteTotals(self.header)
+        whole.add(self)
+        return whole.score()
 
     def losses(self) -> TokenLosses:
         """Return the losses as records of the tokens that were predicted."""
@@ -93,7 +83,57 @@ class RouteScore:
     """Blocks run per token as a share of the blocks that the model holds; more than 1 where they are visited again and again"""
 
 
-def route_table(
+class RouteTotals:
+    """Sums over the tokens of records that come one after the other; `header` is theirs."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self.header = header
+        self.left_S = np.zeros(header["max_route_steps"] + 1, dtype=np.int64)
+        """How many tokens took 0, 1, 2 … route steps"""
+        self.nats, self.evaluations, self.documents = 0.0, 0, 0
+
+    def add(self, records: RouteRecords) -> None:
+        """Add whole documents."""
+        self.nats += float(records.loss.sum(dtype=np.float64))
+        self.evaluations += int(records.evaluations.sum(dtype=np.int64))
+        self.left_S += np.bincount(records.steps, minlength=len(self.left_S))
+        self.documents += len(np.unique(records.document))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were added."""
+        return int(self.left_S.sum())
+
+    @property
+    def steps_mean(self) -> float:
+        """Route steps of a token."""
+        return float(self.left_S @ np.arange(len(self.left_S)) / self.tokens)
+
+    def score(self) -> RouteScore:
+        """Sum up."""
+        whole, mean, most = self.language(), self.steps_mean, self.header["max_route_steps"]
+        evaluations = self.evaluations / self.tokens
+        return RouteScore(
+            self.header["budget"], whole.loss, whole.bits_per_byte, mean, mean / most if most else 0.0, evaluations,
+            (self.left_S / self.tokens).tolist(), self.tokens, self.documents, evaluations / self.header["blocks"],
+        )  # fmt: skip
+
+    def language(self, **others: Any) -> LanguageScore:
+        """Sum up the losses alone, as `evaluate.lm.score` does; `others` are fields of the score that are not known here."""
+        where = {name: self.header[name] for name in ("context", "stride")}
+        return LanguageScore.of(self.nats, tokens=self.tokens, size=self.header["bytes"], documents=self.documents, **where | others)
+
+
+Depths = Callable[[Sequence[np.ndarray], slice], np.ndarray]
+"""From documents, as tokens, and the rows of their predicted tokens among all, to the number of route steps that each is to take."""
+
+
+def all_take(depth: int) -> Depths:
+    """Give every token one number of steps."""
+    return lambda documents, rows: np.full(rows.stop - rows.start, depth, dtype=np.int16)
+
+
+def route_groups(
     model: Any,
     corpus: Any,
     split: str = "validation",
@@ -101,47 +141,66 @@ def route_table(
     context: int | None = None,
     stride: int | None = None,
     budget: float | None = None,
-    depths: np.ndarray | None = None,
+    depths: Depths | None = None,
     max_documents: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
     route_map: RouteMap | None = None,
-) -> RouteRecords:
-    """Read whole documents of a split and return, per token, its route steps and the loss after it.
+) -> Iterator[RouteRecords]:
+    """Read whole documents of a split and yield, for each group of them, every token's route steps and the loss after it.
 
-    Documents, windows, `context`, `stride`, `max_documents` and `max_tokens` are those of `evaluate.lm.score`. A token of several windows
-    is told of as it was in the one that counted it. `budget` is the model's; `depths` (N,) give every token its number of route steps
+    Documents, groups, windows, `context`, `stride`, `max_documents` and `max_tokens` are those of `evaluate.lm.score`. A token of several
+    windows is told of as it was in the one that counted it. `budget` is the model's; `depths` give every token its number of route steps
     instead of the router's choice to leave. `route_map` counts where the tokens go. A plain decoder may be measured, too.
 
     Raises `ValueError` for a model that keeps no traces, for numbers out of range, and for a loss that is not finite.
     """
     context, stride = reach(model, context, stride)
     chosen = choose(corpus, split, max_documents=max_documents, max_tokens=max_tokens)
-    total = sum(record.tokens - 1 for record in chosen)
-    if depths is not None and depths.shape != (total,):
-        raise ValueError(f"depths: has shape {depths.shape}, must be ({total},), one per predicted token")
     check_budgets(model, () if budget is None else (budget,))
-    kept: list[tuple[np.ndarray, ...]] = []
-    done = 0
-    for group in groups(chosen):
-        documents = [corpus.document_tokens(split, record.number) for record in group]
-        ends = done + np.cumsum([len(tokens) - 1 for tokens in documents])
-        given = None if depths is None else np.split(depths[done : ends[-1]], ends[:-1] - done)
-        watch = _Watch(model, documents, budget, given, route_map)
-        losses = token_losses(model, documents, context=context, stride=stride, progress=progress, call=watch)
-        for record, tokens, loss, steps, evaluations in zip(group, documents, losses, watch.steps, watch.evaluations, strict=True):
-            if not np.isfinite(loss).all():
-                raise ValueError(f"the loss of document {record.id!r} is not finite: the model is broken or its precision is too low")
-            place = np.arange(len(loss), dtype=np.int32)
-            kept.append((np.full(len(loss), record.number, dtype=np.int32), place, tokens[:-1], tokens[1:], loss, steps, evaluations))
-        done = int(ends[-1])
-    columns = {
-        name: np.concatenate(parts).astype(kind) for (name, kind), parts in zip(COLUMNS.items(), zip(*kept, strict=True), strict=True)
-    }
     header = {"split": split, "corpus": corpus.manifest["digest"], "context": context, "stride": stride, "budget": budget}
     header |= {"max_route_steps": getattr(model.config, "max_route_steps", 0), "bytes": sum(record.bytes for record in chosen)}
     header |= {"blocks": model.config.num_hidden_layers, "model": model.config.name_or_path}
-    return RouteRecords(**columns, header=header)
+    done = 0
+    for group in groups(chosen):
+        documents = [corpus.document_tokens(split, record.number) for record in group]
+        sizes = [len(tokens) - 1 for tokens in documents]
+        rows = slice(done, done := done + sum(sizes))
+        given = None if depths is None else np.split(depths(documents, rows), np.cumsum(sizes)[:-1])
+        watch = _Watch(model, documents, budget, given, route_map)
+        losses = token_losses(model, documents, context=context, stride=stride, progress=progress, call=watch)
+        for record, loss in zip(group, losses, strict=True):
+            if not np.isfinite(loss).all():
+                raise ValueError(f"the loss of document {record.id!r} is not finite: the model is broken or its precision is too low")
+        numbers = np.repeat([record.number for record in group], sizes)
+        places = [np.arange(size) for size in sizes]
+        ends = [[tokens[:-1] for tokens in documents], [tokens[1:] for tokens in documents]]
+        columns = [numbers, *map(np.concatenate, (places, *ends, losses, watch.steps, watch.evaluations))]
+        typed = {name: column.astype(kind) for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)}
+        yield RouteRecords(**typed, header=header)
+
+
+def route_table(model: Any, corpus: Any, split: str = "validation", *, depths: np.ndarray | None = None, **options: Any) -> RouteRecords:
+    """Return what `route_groups` yields as one table, 24 bytes per token; `depths` (N,) give every token its number of route steps."""
+    if depths is not None:
+        limits = {name: options.get(name) for name in ("max_documents", "max_tokens")}
+        total = sum(record.tokens - 1 for record in choose(corpus, split, **limits))
+        if depths.shape != (total,):
+            raise ValueError(f"depths: has shape {depths.shape}, must be ({total},), one per predicted token")
+    dealt = None if depths is None else lambda _, rows: depths[rows]
+    parts = list(route_groups(model, corpus, split, depths=dealt, **options))
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return RouteRecords(**columns, header=parts[0].header)
+
+
+def route_totals(model: Any, corpus: Any, split: str = "validation", **options: Any) -> RouteTotals:
+    """Return sums over what `route_groups` yields."""
+    totals: RouteTotals | None = None
+    for records in route_groups(model, corpus, split, **options):
+        totals = totals or RouteTotals(records.header)
+        totals.add(records)
+    assert totals is not None, "`choose` refuses a split without documents"
+    return totals
 
 
 class _Watch:
@@ -198,6 +257,6 @@ def check_budgets(model: Any, budgets: Sequence[float]) -> None:
 
 
 def budget_curve(model: Any, corpus: Any, split: str, budgets: Sequence[float], **options: Any) -> list[RouteScore]:
-    """Measure one model at several budgets, smallest first; `options` are those of `route_table`."""
+    """Measure one model at several budgets, smallest first; `options` are those of `route_groups`."""
     check_budgets(model, budgets)
-    return [route_table(model, corpus, split, budget=budget, **options).score() for budget in sorted(budgets)]
+    return [route_totals(model, corpus, split, budget=budget, **options).score() for budget in sorted(budgets)]

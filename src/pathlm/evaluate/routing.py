@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +14,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pathlm.evaluate.bootstrap import DRAWS, Draws
 from pathlm.evaluate.checkpoint import check_share, find_checkpoint, open_model, run_folder, run_record
 from pathlm.evaluate.compare import bar, check_vocabulary, corpus_folder, note_result
-from pathlm.evaluate.controls import PASSES, controls, token_frequency
-from pathlm.evaluate.correlation import DRAWS, Estimate, Pair, correlations, mean_with_interval, resampled
-from pathlm.evaluate.lm import LanguageScore, choose, reach, score
+from pathlm.evaluate.controls import PASSES, Order, controls, token_frequency
+from pathlm.evaluate.correlation import which_bin
+from pathlm.evaluate.depth import Depth, readings
+from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore, choose, reach, score
 from pathlm.evaluate.plot import budget_svg
-from pathlm.evaluate.records import TokenLosses, read_token_losses
+from pathlm.evaluate.records import LossFile
 from pathlm.evaluate.route_map import RouteMap
-from pathlm.evaluate.routes import RouteRecords, budget_curve, check_budgets, route_table
-from pathlm.evaluate.slices import slices
+from pathlm.evaluate.routes import RouteTotals, budget_curve, check_budgets
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window, V vocabulary
 
 BUDGETS = 5
 """Budgets measured where none are named, evenly from the smallest trained one to 1."""
-
-
-def difficulty_depth(
-    records: RouteRecords, plain: TokenLosses | np.ndarray, frequency_V: np.ndarray, *, draws: int = DRAWS, seed: int = 0
-) -> dict[str, Estimate]:
-    """Correlate the steps of tokens with the loss of an independent plain model at the same places.
-
-    Spearman, Pearson, and Spearman with these held fixed: how frequent the token is (logarithm of 1 + its count) and its position in the
-    document (`partial_spearman`); besides how frequent the token is that follows (`partial_spearman_following`), which takes away a good
-    part of what makes a place hard. Intervals come from documents drawn anew.
-
-    Args:
-        records: What the routed model did.
-        plain: The plain model's losses of the same tokens, as records or as a column (N,).
-        frequency_V: How often each token occurs in the training split.
-        draws: Times that as many documents are drawn.
-        seed: Of the draws.
-
-    Raises `ValueError` where the losses are of other tokens, or there is one document only.
-    """
-    columns = {
-        "steps": records.steps.astype(float),
-        "loss": aligned(records, plain).astype(float),
-        "frequency": np.log1p(frequency_V[records.token]),
-        "following": np.log1p(frequency_V[records.following]),
-        "position": records.position.astype(float),
-    }
-    easy = ("frequency", "position")
-    pairs = {
-        "spearman": Pair("steps", "loss"),
-        "pearson": Pair("steps", "loss", ranks=False),
-        "partial_spearman": Pair("steps", "loss", easy),
-        "partial_spearman_following": Pair("steps", "loss", (*easy, "following")),
-    }
-    return correlations(columns, pairs, records.document, draws=draws, seed=seed)
-
-
-def aligned(records: RouteRecords, plain: TokenLosses | np.ndarray) -> np.ndarray:
-    """Return the losses of another model, one per row of `records`, or raise `ValueError` where they are of other tokens."""
-    if isinstance(plain, TokenLosses):
-        ours = (records.document, records.position + 1, records.following)
-        theirs = (plain.document, plain.position, plain.token)
-        if len(plain) != len(records) or any((a != b).any() for a, b in zip(ours, theirs, strict=True)):
-            raise ValueError(f"token losses: {len(plain)} of other tokens than the {len(records)} whose routes were measured")
-        return plain.loss
-    if plain.shape != records.loss.shape:
-        raise ValueError(f"losses: has shape {plain.shape}, must be {records.loss.shape}, one per token whose route was measured")
-    return plain
-
-
-def extremes(model: Any, corpus: Any, split: str, records: RouteRecords, **options: Any) -> tuple[RouteRecords, RouteRecords]:
-    """Measure the same tokens when all leave as early as they may, and when all take every step; `options` are those of `route_table`."""
-    fewest, most = model.pool.steps_possible
-    early, late = (route_table(model, corpus, split, depths=np.full_like(records.steps, depth), **options) for depth in (fewest, most))
-    return early, late
-
-
-def measured_gain(
-    records: RouteRecords, early: RouteRecords, late: RouteRecords, frequency_V: np.ndarray, *, draws: int = DRAWS, seed: int = 0
-) -> dict[str, Any]:
-    """Correlate the steps of tokens with what depth is worth there: the loss if all leave `early` minus that if all leave `late`.
-
-    Depth is taught by gain, not by loss: a token may be hard and yet have nothing to gain. This gain is of all steps for everybody at once,
-    in two passes, while training measures one token's own and leaves the others as they were. Correlations are those of `difficulty_depth`.
-    """
-    gain_N = early.loss - late.loss
-    found = difficulty_depth(records, gain_N, frequency_V, draws=draws, seed=seed)
-    return {
-        "shortest": asdict(early.score()),
-        "deepest": asdict(late.score()),
-        "mean": mean_with_interval(gain_N, records.document, draws=draws, seed=seed).to_dict(),
-        "correlations": {name: estimate.to_dict() for name, estimate in found.items()},
-    }
 
 
 def run(
@@ -142,16 +70,17 @@ def run(
     _check(plot, (budget, *(budgets or ())))
     place, model, data = _opened(folder, corpus, device=device)
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
-    resampled(len(chosen), draws=draws)
+    Draws(len(chosen), draws=draws)
     budgets = _curve_budgets(model, budgets, also=budget)
     context, stride = _reach(folder, model, context, stride)
     options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
     settings = {"context": context, "stride": stride, "draws": draws, "seed": seed}
-    losses, beside = _plain_losses(against, data, split, device=device, console=console, **options)
-    passes = len(budgets) + 3 + PASSES + 2 * (losses is not None)
-    with bar(console, "routes", total=passes * sum(record.tokens - 1 for record in chosen)) as advance:
-        options |= {"draws": draws, "seed": seed, "progress": advance}
-        found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, beside=beside, **options)
+    with tempfile.TemporaryDirectory() as scratch:
+        losses, beside = _plain_losses(against, data, split, Path(scratch), chosen=chosen, device=device, console=console, **options)
+        passes = len(budgets) + 3 + PASSES + 2 * (losses is not None)
+        with bar(console, "routes", total=passes * sum(record.tokens - 1 for record in chosen)) as advance:
+            options |= {"chosen": chosen, "draws": draws, "seed": seed, "progress": advance}
+            found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, beside=beside, **options)
     about = {"split": split, "checkpoint": str(place), "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]}}
     result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings} | found
     file = note_result(run_folder(folder) / "routes.json", split, result)
@@ -212,55 +141,68 @@ def _reach(folder: Path | str, model: Any, context: int | None, stride: int | No
 
 
 def _measured(
-    model: Any, corpus: Any, split: str, *, budget: float | None, budgets: Sequence[float], losses: TokenLosses | None,
-    beside: dict[str, Any] | None, draws: int, seed: int, **options: Any,
+    model: Any, corpus: Any, split: str, *, budget: float | None, budgets: Sequence[float], losses: LossFile | None,
+    beside: dict[str, Any] | None, chosen: Sequence[Any], draws: int, seed: int, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that is measured of routes; `losses` are a plain model's and `beside` what is told of it, where there is one."""
-    drawn: dict[str, Any] = {"draws": draws, "seed": seed}
     frequency_V = token_frequency(corpus, vocabulary=model.config.vocab_size)
-    moves, begun = RouteMap(model), time.perf_counter()
-    records = route_table(model, corpus, split, budget=budget, route_map=moves, **options)
-    taken = time.perf_counter() - begun
-    plain_N = None if losses is None else aligned(records, losses)  # refused before the longer part
-    early, late = extremes(model, corpus, split, records, **options)
-    hard_N = records.loss if plain_N is None else plain_N
-    result: dict[str, Any] = {
-        "routed": asdict(records.score()),
-        "metrics": of_steps(records) | moves.metrics() | of_costs(model, records) | {"time/tokens_per_s": len(records) / taken},
-        "map": moves.to_dict(),
-        "slices": slices(records, corpus.tokenizer(), frequency_V, difficulty_N=hard_N, gain_N=early.loss - late.loss),
-        "difficulty_of": "the model itself" if plain_N is None else "the plain model",
-        "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
-        "controls": controls(model, corpus, split, records, frequency_V, difficulty_N=plain_N, **drawn, **options),
-        "gain": measured_gain(records, early, late, frequency_V, **drawn),
-    }
-    if plain_N is None or beside is None:
-        return result | {"difficulty": None, "plain": None}
-    found = difficulty_depth(records, plain_N, frequency_V, **drawn)
-    more = mean_with_interval(records.loss - plain_N, records.document, **drawn).to_dict()
-    return result | {
-        "difficulty": {name: estimate.to_dict() for name, estimate in found.items()},
-        "plain": beside | {"routed_excess": more},
-    }
-
-
-def of_steps(records: RouteRecords) -> dict[str, float]:
-    """Return how many steps tokens took and how many blocks ran for them, by the names that training logs them under."""
-    left = np.bincount(records.steps, minlength=records.header["max_route_steps"] + 1) / len(records)
+    moves = RouteMap(model)
+    parts = readings(model, corpus, split, losses=losses, budget=budget, route_map=moves, **options)
+    first = next(parts)
+    depth = Depth(first, chosen, frequency_V, corpus.tokenizer(), draws=draws, seed=seed)
+    depth.add(first)
+    for reading in parts:
+        depth.add(reading)
+    by_frequency = Order(depth.slices.count("frequency"), lambda documents, _: depth.slices.frequency_V[_read(documents)])
+    by_difficulty = None
+    if losses is not None:
+        starts = depth.slices.difficulty_starts
+        by_difficulty = Order(depth.slices.count("difficulty"), lambda _, rows: which_bin(losses.rows(rows.start, rows.stop).loss, starts))
+    correlations = depth.correlations()
+    scores = {"shortest": asdict(depth.early.score()), "deepest": asdict(depth.late.score())}
     return {
-        "route/steps_mean": float(records.steps.mean()),
-        "route/steps_median": float(np.median(records.steps)),
-        "route/steps_max": float(records.steps.max()),
-        **{f"route/left_after_{steps}": float(share) for steps, share in enumerate(left)},
-        "route/block_evaluations": float(records.evaluations.mean()),
+        "routed": asdict(depth.routed.score()),
+        "metrics": of_steps(depth.routed)
+        | moves.metrics()
+        | of_costs(model, depth.routed)
+        | {"time/tokens_per_s": depth.routed.tokens / depth.seconds},
+        "map": moves.to_dict(),
+        "slices": depth.slices.rows(),
+        "difficulty_of": "the model itself" if losses is None else "the plain model",
+        "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
+        "controls": controls(
+            model, corpus, split, routed=depth.routed, loss=depth.loss, frequency=by_frequency, difficulty=by_difficulty,
+            draws=partial(Draws, len(chosen), draws=draws, seed=seed), seed=seed, **options,
+        ),
+        "gain": scores | {"mean": depth.gain.estimate().to_dict(), "correlations": correlations["gain"]},
+        "difficulty": correlations.get("loss"),
+        "plain": None if beside is None or depth.excess is None else beside | {"routed_excess": depth.excess.estimate().to_dict()},
+    }  # fmt: skip
+
+
+def _read(documents: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the tokens that a next one is predicted for."""
+    return np.concatenate([tokens[:-1] for tokens in documents])
+
+
+def of_steps(routed: RouteTotals) -> dict[str, float]:
+    """Return how many steps tokens took and how many blocks ran for them, by the names that training logs them under."""
+    up_to_S, tokens = np.cumsum(routed.left_S), routed.tokens
+    middle = np.searchsorted(up_to_S, [(tokens - 1) // 2, tokens // 2], side="right")
+    return {
+        "route/steps_mean": routed.steps_mean,
+        "route/steps_median": float(middle.mean()),
+        "route/steps_max": float(np.flatnonzero(routed.left_S)[-1]),
+        **{f"route/left_after_{steps}": float(count / tokens) for steps, count in enumerate(routed.left_S)},
+        "route/block_evaluations": routed.evaluations / tokens,
     }
 
 
-def of_costs(model: Any, records: RouteRecords) -> dict[str, float]:
+def of_costs(model: Any, routed: RouteTotals) -> dict[str, float]:
     """Return what a token costs: bytes of cache that remain of it, and operations of the blocks that ran, as estimated from the sizes."""
-    config, costs = model.config, model.costs(records.header["context"])
+    config, costs = model.config, model.costs(routed.header["context"])
     most = config.pre_blocks + config.post_blocks + config.max_route_steps * config.route_top_k
-    saved = costs["flops_per_visit"] * (most - float(records.evaluations.mean()))
+    saved = costs["flops_per_visit"] * (most - routed.evaluations / routed.tokens)
     return {
         "memory/cache_bytes_per_token": float(costs["cache_bytes_per_token"]),
         "compute/flops_per_token": costs["flops_per_token"] - saved,
@@ -342,26 +284,25 @@ def _told(estimate: dict[str, float | None], *, digits: int = 4) -> str:
 
 
 def _plain_losses(
-    plain: Path | str | None, corpus: Any, split: str, *, device: str | None, console: Console | None, **options: Any
-) -> tuple[TokenLosses | None, dict[str, Any] | None]:
+    plain: Path | str | None, corpus: Any, split: str, scratch: Path, *, chosen: Sequence[Any], device: str | None,
+    console: Console | None, **options: Any,
+) -> tuple[LossFile | None, dict[str, Any] | None]:  # fmt: skip
     """Return an independent model's losses and its score, from a file of records or by measuring it; None where there is none."""
     if plain is None:
         return None, None
+    tokens, size = sum(record.tokens - 1 for record in chosen), sum(record.bytes for record in chosen)
     if Path(plain).is_file():
-        losses = read_token_losses(plain)
+        losses = LossFile(plain)
         if losses.header.get("corpus") != corpus.manifest["digest"] or losses.header.get("split") != split:
             raise ValueError(f"against={str(plain)!r}: holds losses of another corpus or split than {corpus.folder}, {split!r}")
-        chosen = choose(corpus, split, max_documents=options["max_documents"], max_tokens=options["max_tokens"])
-        if len(losses) != (wanted := sum(record.tokens - 1 for record in chosen)):
-            raise ValueError(f"against={str(plain)!r}: holds losses of {len(losses):,} tokens, routes are measured on {wanted:,}")
-        nats, size = float(losses.loss.sum(dtype=np.float64)), sum(record.bytes for record in chosen)
-        whole = LanguageScore.of(nats, tokens=len(losses), size=size, documents=len(chosen))
+        if len(losses) != tokens:
+            raise ValueError(f"against={str(plain)!r}: holds losses of {len(losses):,} tokens, routes are measured on {tokens:,}")
+        nats = sum(float(losses.rows(start, start + GROUP_TOKENS).loss.sum(dtype=np.float64)) for start in range(0, tokens, GROUP_TOKENS))
+        whole = LanguageScore.of(nats, tokens=tokens, size=size, documents=len(chosen))
         return losses, {"file": str(plain), "loss": whole.loss, "bits_per_byte": whole.bits_per_byte}
     place = find_checkpoint(plain)
     model, tokenizer = open_model(place, device=device)
     check_vocabulary(model, tokenizer, corpus, place)
-    total = sum(r.tokens - 1 for r in choose(corpus, split, max_documents=options["max_documents"], max_tokens=options["max_tokens"]))
-    with tempfile.TemporaryDirectory() as scratch, bar(console, "plain model", total=total) as advance:
-        found = score(model, corpus, split, records=Path(scratch) / "plain.safetensors", progress=advance, **options)
-        losses = read_token_losses(Path(scratch) / "plain.safetensors")
-    return losses, {"checkpoint": str(place), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+    with bar(console, "plain model", total=tokens) as advance:
+        found = score(model, corpus, split, records=scratch / "plain.safetensors", progress=advance, **options)
+    return LossFile(scratch / "plain.safetensors"), {"checkpoint": str(place), "loss": found.loss, "bits_per_byte": found.bits_per_byte}

@@ -9,41 +9,68 @@ from typing import Any
 
 import numpy as np
 
+from pathlm.evaluate.correlation import equal_parts, which_bin
 from pathlm.evaluate.routes import RouteRecords
 
-# Shapes: N tokens whose routes were measured, V vocabulary
+# Shapes: N tokens whose routes were measured, V vocabulary, K kinds of tokens, X sums of a kind: tokens, then what means are taken of
 
 CLASSES = ("word start", "inside word", "ideograph", "digit", "punctuation", "other")
-FIRST_PLACES = 16
-"""Places of the first slice by position; each further one holds twice as many."""
+PLACES = 16 << np.arange(40)
+"""Where slices by position begin: the first has 16 places, and each ends at twice the place that the one before it did."""
 PARTS = 10
+MEANS = ("loss", "steps_mean", "block_evaluations", "gain")
+DIFFICULTIES = 4096
+"""Bins that difficulties are told apart by."""
 
 
-def slices(
-    records: RouteRecords, tokenizer: Any, frequency_V: np.ndarray, *, difficulty_N: np.ndarray, gain_N: np.ndarray
-) -> dict[str, list[dict[str, Any]]]:
-    """Return rows of means over tokens: loss after the token, route steps, blocks run, and `gain_N`, what depth is worth there.
+class Slices:
+    """Means over tokens by kind, of records that come one after the other: memory grows with the vocabulary, not with the text.
 
-    `position` doubles from slice to slice, `frequency` (in the training split, `frequency_V`) and `difficulty` (`difficulty_N`, a loss at
-    the same place) are tenths of the tokens, equals together; `class` says what the token is in its word. Slices without a token are left
-    out.
+    `position` doubles from slice to slice, `frequency` (in the training split, `frequency_V`) and `difficulty` (a loss at the same place)
+    are tenths of the tokens, equals together; `class` says what the token is in its word. Difficulties are told apart as far as
+    `difficulty_starts` go, where their bins begin.
     """
-    furthest = int(records.position.max())
-    edges = [FIRST_PLACES << n for n in range((furthest // FIRST_PLACES).bit_length() + 1)]
-    places = [f"{low}–{high - 1}" for low, high in pairwise([0, *edges])]
-    return {
-        "position": _rows(records, np.digitize(records.position, edges), places, gain_N),
-        "frequency": _rows(records, tenths(frequency_V[records.token]), _numbered("rarest", "most frequent"), gain_N),
-        "class": _rows(records, token_class(records, tokenizer), CLASSES, gain_N),
-        "difficulty": _rows(records, tenths(difficulty_N), _numbered("easiest", "hardest"), gain_N),
-    }
+
+    def __init__(self, tokenizer: Any, frequency_V: np.ndarray, difficulty_starts: np.ndarray) -> None:
+        kinds, self.frequency_V = np.unique(frequency_V, return_inverse=True)
+        """Of every token of the vocabulary: its frequency's number among all different ones, rarest first"""
+        self.difficulty_starts = difficulty_starts
+        self._tokenizer = tokenizer
+        sizes = {"position": 1 + len(PLACES), "frequency": len(kinds), "class": len(CLASSES), "difficulty": 1 + len(difficulty_starts)}
+        self._sums = {name: np.zeros((1 + len(MEANS), size)) for name, size in sizes.items()}
+
+    def add(self, records: RouteRecords, *, difficulty_N: np.ndarray, gain_N: np.ndarray) -> None:
+        """Add whole documents; `gain_N` is what depth is worth at each token."""
+        kinds = {
+            "position": which_bin(records.position, PLACES),
+            "frequency": self.frequency_V[records.token],
+            "class": token_class(records, self._tokenizer),
+            "difficulty": which_bin(difficulty_N, self.difficulty_starts),
+        }
+        values = (None, records.loss, records.steps, records.evaluations, gain_N)
+        for name, kind_N in kinds.items():
+            size = self._sums[name].shape[1]
+            self._sums[name] += [np.bincount(kind_N, weights=value_N, minlength=size) for value_N in values]
+
+    def count(self, name: str) -> np.ndarray:
+        """Return how many tokens were added of each kind; of `frequency` and `difficulty` before they are made tenths."""
+        return self._sums[name][0].astype(np.int64)
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Return rows of means: loss after the token, route steps, blocks run, gain. Slices without a token are left out."""
+        places = [f"{low}–{high - 1}" for low, high in pairwise([0, *PLACES.tolist(), 2 * PLACES[-1]])]
+        return {
+            "position": _rows(self._sums["position"], places),
+            "frequency": _rows(_tenths(self._sums["frequency"]), _numbered("rarest", "most frequent")),
+            "class": _rows(self._sums["class"], CLASSES),
+            "difficulty": _rows(_tenths(self._sums["difficulty"]), _numbered("easiest", "hardest")),
+        }
 
 
-def tenths(value_N: np.ndarray) -> np.ndarray:
-    """Return the tenth (0 … 9) that each value lies in; equal values lie together, in the tenth of their middle."""
-    _, kind_N, count = np.unique(value_N, return_inverse=True, return_counts=True)
-    middle = np.cumsum(count) - count / 2
-    return np.asarray((PARTS * middle / len(value_N)).astype(int)[kind_N])
+def _tenths(sum_XK: np.ndarray) -> np.ndarray:
+    """Add up sums of kinds, smallest first, by the tenth of the tokens that each kind lies in."""
+    part_K = equal_parts(sum_XK[0], PARTS)
+    return np.stack([np.bincount(part_K, weights=sum_K, minlength=PARTS) for sum_K in sum_XK])
 
 
 def token_class(records: RouteRecords, tokenizer: Any) -> np.ndarray:
@@ -82,12 +109,9 @@ def _numbered(first: str, last: str) -> list[str]:
     return [f"1 ({first})", *map(str, range(2, PARTS)), f"{PARTS} ({last})"]
 
 
-def _rows(records: RouteRecords, slice_N: np.ndarray, labels: Sequence[str], gain_N: np.ndarray) -> list[dict[str, Any]]:
-    count = np.bincount(slice_N, minlength=len(labels))
-    columns = {"loss": records.loss, "steps_mean": records.steps, "block_evaluations": records.evaluations, "gain": gain_N}
-    sums = {name: np.bincount(slice_N, weights=column, minlength=len(labels)) for name, column in columns.items()}
+def _rows(sum_XK: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"label": label, "tokens": int(count[i])} | {name: float(total[i] / count[i]) for name, total in sums.items()}
-        for i, label in enumerate(labels)
-        if count[i]
+        {"label": label, "tokens": int(count)} | {name: float(total / count) for name, total in zip(MEANS, totals, strict=True)}
+        for label, count, *totals in zip(labels, *sum_XK, strict=True)
+        if count
     ]
