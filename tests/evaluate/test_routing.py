@@ -12,14 +12,14 @@ import torch
 from arrays import ArrayCorpus, Letters, make_llama, random_documents
 
 from pathlm import build, preset
-from pathlm.evaluate import routing
-from pathlm.evaluate.bootstrap import Draws, Mean, mean_with_interval
+from pathlm.evaluate import routing, suites
+from pathlm.evaluate.bootstrap import mean_with_interval
 from pathlm.evaluate.controls import PASSES, Deal, Order, controls, random_depths, static_depths, token_frequency
 from pathlm.evaluate.depth import Depth, Reading, aligned, readings
-from pathlm.evaluate.lm import score, token_losses
+from pathlm.evaluate.lm import Text, score, token_losses
 from pathlm.evaluate.plot import budget_svg
-from pathlm.evaluate.records import TokenLosses
-from pathlm.evaluate.routes import RouteTotals, all_take, budget_curve, route_table, route_totals
+from pathlm.evaluate.records import LossFile, TokenLosses
+from pathlm.evaluate.routes import all_take, budget_curve, route_table, route_totals
 
 VOCABULARY = 40
 STEPS = 4
@@ -205,16 +205,13 @@ def test_static_depths_keep_the_mean_with_two_neighbouring_numbers(steps):
     assert np.abs(np.cumsum(depth) - np.arange(1, len(steps) + 1) * steps.mean()).max() < 1
 
 
-def controlled(model, corpus, records, frequency, difficulty=None):
-    """What controls of the same text measure."""
-    routed, loss = RouteTotals(records.header), Mean(50)
-    routed.add(records)
-    for block in Draws(7, draws=50).blocks(records.document):
-        loss.add(records.loss[block.rows], block)
-    return controls(
-        model, corpus, "validation", routed=routed, loss=loss, frequency=by(frequency[records.token]),
-        difficulty=None if difficulty is None else by(difficulty), draws=lambda: Draws(7, draws=50), seed=0, context=16,
-    )  # fmt: skip
+def controlled(model, corpus, records, frequency, losses=None):
+    """What controls of the same text measure; no gain is needed for that."""
+    reading = Reading(records, records, records, None if losses is None else losses.rows(0, len(records)).loss)
+    depth = Depth(reading, corpus.documents("validation"), frequency, Letters(), draws=50)
+    depth.add(reading)
+    text = Text(corpus, "validation", corpus.documents("validation"), {"context": 16})
+    return controls(model, text, depth, losses, draws=50)
 
 
 def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
@@ -235,10 +232,11 @@ def test_controls_measure_the_rules_on_the_same_tokens(model, corpus, records):
     assert found[found["frequency"]["rule"]]["loss"] == found["frequency"]["loss"]
 
 
-def test_depth_may_be_dealt_by_difficulty_either_way(model, corpus, records):
+def test_depth_may_be_dealt_by_difficulty_either_way(model, corpus, records, tmp_path):
     frequency = token_frequency(corpus, vocabulary=VOCABULARY)
-    difficulty = np.random.default_rng(3).exponential(size=len(records))
-    found = controlled(model, corpus, records, frequency, difficulty)
+    difficulty = np.random.default_rng(3).exponential(size=len(records)).astype(np.float32)
+    dataclasses.replace(records.losses(), loss=difficulty).write(tmp_path / "losses")
+    found = controlled(model, corpus, records, frequency, LossFile(tmp_path / "losses"))
     for name, way in (("hard_deep", 1), ("easy_deep", -1)):
         depth = np.empty_like(records.steps)
         depth[np.argsort(way * difficulty)] = np.sort(records.steps)
@@ -389,6 +387,7 @@ def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(
     [
         ({"budgets": (0.5, 0.2)}, r"budget=0\.2: must lie between 0\.4 and 1"),
         ({"budgets": (0.5, 3.0)}, r"budget=3\.0: must lie above 0 and at most at 1"),
+        ({"branches": 2}, "branches=2: routes are measured with as many as"),
         ({"budget": 0.1}, r"budget=0\.1: must lie between 0\.4 and 1"),
         ({"max_documents": 1}, "documents=1: an interval over documents needs at least 2"),
         ({"draws": 0}, "draws=0"),
@@ -406,9 +405,16 @@ def test_what_cannot_be_measured_is_refused_before_any_work(prepared, options, m
     if options.get("against") == "losses of fewer":
         options = {"against": prepared / "fewer.safetensors"}
         evaluate(prepared / "plain", prepared / "corpus", split="train", max_documents=2, order=0, records=options["against"], device="cpu")
-    monkeypatch.setattr(routing, "readings", None)
+    for measures in ("readings", "score"):
+        monkeypatch.setattr(routing, measures, None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         routing.run(prepared / "routed", prepared / "corpus", **{"split": "train", "device": "cpu"} | options)
+
+
+def test_one_document_is_refused_before_another_suite_is_measured(prepared, monkeypatch):
+    monkeypatch.setattr("pathlm.evaluate.compare.route_groups", None)
+    with pytest.raises(ValueError, match="documents=1: an interval over documents needs at least 2"):
+        suites.run(prepared / "routed", prepared / "corpus", suite="lm,routing", order=0, max_documents=1, device="cpu")
 
 
 def test_the_command_measures_routes_and_draws_the_curve(prepared, tmp_path):

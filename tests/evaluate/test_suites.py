@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pathlm import build, preset
 from pathlm.cli import app
 from pathlm.evaluate import choices, suites, synthetic
+from pathlm.evaluate.checkpoint import open_model
 from pathlm.evaluate.choices import Question, score_choices, write_questions
 from pathlm.evaluate.synthetic import score_tasks
 from pathlm.text.synthetic import open_task
@@ -65,7 +66,11 @@ def test_options_that_no_suite_would_look_at_are_refused_before_any_work(options
 
 def test_every_suite_gets_its_own_options_and_no_others(monkeypatch):
     asked = {}
-    monkeypatch.setattr(suites, "_body", lambda name: lambda folder, **options: asked.setdefault(name, options))
+
+    def prepare(name):
+        return lambda subject, **options: lambda: asked.setdefault(name, options | {"budget": subject.budget})
+
+    monkeypatch.setattr(suites, "_prepare", prepare)
     more = {
         "samples": 5,
         "batch": 2,
@@ -88,6 +93,18 @@ def test_every_suite_gets_its_own_options_and_no_others(monkeypatch):
     assert "corpus" not in asked["synthetic"] and asked["choices"]["corpus"] == "corpus"
 
 
+def test_what_any_suite_refuses_is_told_before_the_first_one_measures(monkeypatch):
+    done = []
+
+    def refuse(subject, **options):
+        raise ValueError("documents=1")
+
+    monkeypatch.setattr(suites, "_prepare", lambda name: refuse if name == "choices" else lambda subject, **_: lambda: done.append(name))
+    with pytest.raises(ValueError, match="documents=1"):
+        suites.run("folder", suite="lm,routing,choices,synthetic")
+    assert not done
+
+
 @pytest.fixture(scope="module")
 def solver(tmp_path_factory):
     """A run that was trained on two tasks, without weights that could solve them."""
@@ -105,7 +122,7 @@ def solver(tmp_path_factory):
 def test_synthetic_tasks_are_those_of_the_run_and_written_beside_it(solver):
     result = synthetic.run(solver, samples=6, split="test", device="cpu")
     assert json.loads((solver / "synthetic.json").read_text())["test"] == result
-    model, tokenizer = synthetic.open_model(solver, device="cpu")
+    model, tokenizer = open_model(solver, device="cpu")
     expected = score_tasks(model, ["arithmetic:max_k=3", "copy:max_length=8"], tokenizer, samples=6)
     assert result["rows"] == [score.row() for score in expected] and {row["k"] for row in result["rows"]} >= {1, 2, 3}
     again = synthetic.run(solver, ["arithmetic:max_k=3"], samples=2, device="cpu")
@@ -139,6 +156,12 @@ def test_the_command_asks_synthetic_tasks(solver):
 def test_tasks_that_cannot_be_asked_are_refused(solver, options, message):
     with pytest.raises(ValueError, match=message):
         synthetic.run(solver, **{"device": "cpu", "samples": 2} | options)
+
+
+def test_a_late_task_that_does_not_fit_is_refused_before_the_first_is_asked(solver, monkeypatch):
+    monkeypatch.setattr(synthetic, "score_tasks", None)
+    with pytest.raises(ValueError, match=r"a sample takes .* tokens"):
+        synthetic.run(solver, ["arithmetic:max_k=3", "copy:min_length=60,max_length=60"], samples=2, device="cpu")
 
 
 def test_a_run_without_tasks_must_be_told_of_some(solver, tmp_path):
@@ -181,7 +204,7 @@ def test_a_file_of_questions_is_asked_as_it_stands(reader, tmp_path):
     asked = [Question("The rivers", ("rose again.", "of our time the 3"), number % 2) for number in range(5)]
     write_questions(file, asked)
     result = choices.run(reader / "model", questions=file, samples=4, device="cpu")
-    model, tokenizer = choices.open_model(reader / "model", device="cpu")
+    model, tokenizer = open_model(reader / "model", device="cpu")
     assert result["rows"] == [{"set": "which"} | score.row() for score in score_choices(model, tokenizer, asked[:4])]
     assert "which.jsonl" in json.loads((reader / "model" / "choices.json").read_text())
 

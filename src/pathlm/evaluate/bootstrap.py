@@ -88,7 +88,6 @@ class Mean:
     """A mean over tokens, of all documents and of every draw."""
 
     def __init__(self, draws: int) -> None:
-        self.draws = draws
         self._sum_R, self._size_R = np.zeros(1 + draws), np.zeros(1 + draws)
 
     def add(self, value_N: np.ndarray, block: Block) -> None:

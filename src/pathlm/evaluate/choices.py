@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record, start_token
-from pathlm.evaluate.compare import asked_for, corpus_folder, note_result
+from pathlm.evaluate.checkpoint import evaluating, start_token
 from pathlm.evaluate.lm import reach
+from pathlm.evaluate.subject import Measure, Subject, at_once
 from pathlm.evaluate.synthetic import interval
 from pathlm.text.corpus import Corpus
 from pathlm.text.synthetic.draws import Draws
@@ -258,8 +257,8 @@ def _shuffled_sentence(draws: Draws, text: list[str], place: int, rivals: int) -
     return [joint.join(units[::-1] if units[::-1] != units else ["…", *units])]
 
 
-def run(
-    model_folder: Path | str,
+def prepare(
+    subject: Subject,
     corpus: Path | str | None = None,
     *,
     questions: Path | str | None = None,
@@ -268,15 +267,11 @@ def run(
     seed: int = 0,
     context: int | None = None,
     batch: int = 16,
-    budget: float | None = None,
-    branches: int | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Let a saved model choose among continuations: of a file of questions, or of questions made from the text of a corpus.
+) -> Measure:
+    """Make ready to let a model choose: among the answers of a file of questions, or of questions made from the text of a corpus.
 
     Args:
-        model_folder: A run (its best, else its latest checkpoint), a checkpoint, or any Hugging Face causal language model.
+        subject: The model.
         corpus: A prepared corpus to make questions from; by default the one the run was trained on.
         questions: A file of questions (see `read_questions`) instead.
         samples: Questions of each kind that are made, or the first so many of the file.
@@ -284,55 +279,48 @@ def run(
         seed: Of the questions that are made.
         context: Tokens the model sees at most; by default its `max_position_embeddings`.
         batch: Sequences that run at once.
-        budget: Share of its route steps that a routed model may take on average.
-        branches: Ways that a token may take at once through a pool, instead of the model's own number.
-        device: Where the model runs; by default a GPU where there is one.
-        console: Where the table appears; nothing is printed without one.
 
-    Returns the content that is also written to `choices.json` of the run (or model) folder, under the split's name, or the file's: `rows`,
-    the fields of `ChoiceScore` with the `set` of questions.
+    Measuring returns the content that is also written to `choices.json` of the run (or model) folder, under the split's name, or the
+    file's: `rows`, the fields of `ChoiceScore` with the `set` of questions.
 
-    Raises `ValueError` for files that hold no questions and text without enough sentences, before anything is measured.
+    Raises `ValueError` for files that hold no questions and text without enough sentences.
     """
-    check_share(budget)
     for name, count in (("samples", samples), ("batch", batch)):
         if count < 1:
             raise ValueError(f"{name}={count}: must be at least 1")
-    place = find_checkpoint(model_folder)
+    about: dict[str, Any] = {"suite": "choices", "checkpoint": str(subject.place)}
+    about |= {"questions": None if questions is None else str(questions), "seed": seed}
+    about |= {"split": split if questions is None else None, "context": context, "budget": subject.budget, "branches": subject.branches}
     if questions is None:
-        trained_on = run_record(model_folder).get("config", {}).get("data", {})
-        of, sets = split, _made(corpus_folder(corpus, trained_on, model_folder), split, samples, seed)
+        of, sets = split, _made(subject.corpus(corpus), split, samples, seed)
     else:
         of, sets = Path(questions).name, {Path(questions).stem: read_questions(questions)[:samples]}
-    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
-    if tokenizer is None:
-        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
+    model, _ = subject.with_tokenizer()
+    reach(model, context)
+    return lambda: _measured(subject, of, sets, about, batch=batch)
+
+
+run = at_once(prepare)
+
+
+def _measured(subject: Subject, of: str, sets: Mapping[str, Sequence[Question]], about: dict[str, Any], *, batch: int) -> dict[str, Any]:
+    model, tokenizer = subject.opened
     begun = time.perf_counter()
-    with nullcontext() if console is None else console.status("multiple choice"):
+    with nullcontext() if subject.console is None else subject.console.status("multiple choice"):
         rows = [
             {"set": name} | score.row()
             for name, asked in sets.items()
-            for score in score_choices(model, tokenizer, asked, delimiter=_delimiter(asked), context=context, batch_size=batch)
+            for score in score_choices(model, tokenizer, asked, delimiter=_delimiter(asked), context=about["context"], batch_size=batch)
         ]
-    about: dict[str, Any] = {
-        "suite": "choices",
-        "checkpoint": str(place),
-        "questions": None if questions is None else str(questions),
-        "seed": seed,
-    }
-    about |= {"split": split if questions is None else None, "context": context, "budget": budget, "branches": branches}
     result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun, "rows": rows}
-    file = note_result(run_folder(model_folder) / "choices.json", of + asked_for(budget, branches), result)
-    if console is not None:
-        console.print(table(result, of))
-        console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)
+    file = subject.note("choices.json", of + subject.asked, result)
+    subject.print(table(result, of), note=f"{result['seconds']:.1f} s; written to {file}")
     return result
 
 
-def _made(corpus: Path, split: str, count: int, seed: int) -> dict[str, list[Question]]:
+def _made(corpus: Corpus, split: str, count: int, seed: int) -> dict[str, list[Question]]:
     """Return questions made from a split of a corpus, by kind."""
-    data = Corpus.open(corpus, verify=False)
-    texts = list(corpus_texts(data, split))
+    texts = list(corpus_texts(corpus, split))
     following = next_sentence(texts, count=count, seed=seed)
     return {"next sentence": following, "shuffled sentence": shuffled_sentence(texts, count=count, seed=seed)}
 

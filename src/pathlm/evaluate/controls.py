@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pathlm.evaluate.bootstrap import Draws, Mean
-from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore
+from pathlm.evaluate.bootstrap import DRAWS, Draws, Mean
+from pathlm.evaluate.correlation import which_bin
+from pathlm.evaluate.depth import Depth
+from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore, Text
+from pathlm.evaluate.records import LossFile
 from pathlm.evaluate.routes import Depths, RouteRecords, RouteTotals, route_groups
 
 # Shapes: N tokens whose routes are dealt out, K kinds of tokens, S numbers of route steps from 0, V vocabulary
@@ -75,37 +78,41 @@ def static_depths(left_S: np.ndarray) -> Depths:
 
 
 def controls(
-    model: Any, corpus: Any, split: str, *, routed: RouteTotals, loss: Mean, frequency: Order, difficulty: Order | None,
-    draws: Callable[[], Draws], seed: int, **options: Any,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Let the same model leave the pool by rules that know nothing of the text, with the steps that `routed` tells of.
+    model: Any, text: Text, depth: Depth, losses: LossFile | None = None, *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Let the same model leave the pool by rules that know nothing of the text, with the steps that `depth` tells of.
 
     `random` deals the same steps out at random (the mean of several deals), `static` gives everybody the mean, `rare_deep` and
     `frequent_deep` go by how frequent a token is; `frequency` repeats the better of these two on this very split, which flatters it.
-    With `difficulty`, an independent model's losses, `hard_deep` and `easy_deep` go by these: they know what follows, so they are no
-    rules for use, but they say whether depth belongs to what is hard. Each has its score and `excess`: its loss minus the routed model's
-    (`loss`), with the interval over documents. The blocks stay the router's choice. `draws` begins the draws anew that `loss` was made
-    with, and `options` are those of `route_groups`, as they were for `routed`.
+    With `losses`, those of the independent model that `depth` knows, `hard_deep` and `easy_deep` go by these: they know what follows, so
+    they are no rules for use, but they say whether depth belongs to what is hard. Each has its score and `excess`: its loss minus the
+    routed model's, with the interval over documents, drawn as they were for `depth`. The blocks stay the router's choice.
     """
-    left_S = routed.left_S
+    routed, slices, left_S = depth.routed, depth.slices, depth.routed.left_S
+    frequency = Order(slices.count("frequency"), lambda documents, _: slices.frequency_V[np.concatenate([t[:-1] for t in documents])])
     rules: dict[str, list[Depths]] = {
         "random": [random_depths(left_S, seed=seed + i) for i in range(RANDOM_DEALS)],
         "static": [static_depths(left_S)],
         "rare_deep": [Deal(left_S, frequency, downwards=True, seed=seed)],
         "frequent_deep": [Deal(left_S, frequency, seed=seed)],
     }
-    if difficulty is not None:
+    if losses is not None:
+        difficulty = Order(
+            slices.count("difficulty"), lambda _, rows: which_bin(losses.rows(rows.start, rows.stop).loss, slices.difficulty_starts)
+        )
         rules["hard_deep"] = [Deal(left_S, difficulty, seed=seed)]
         rules["easy_deep"] = [Deal(left_S, difficulty, downwards=True, seed=seed)]
     results: dict[str, dict[str, Any]] = {}
     for name, deals in rules.items():
-        mean = Mean(loss.draws)
-        parts = [_totals(route_groups(model, corpus, split, depths=depths, **options), mean, draws()) for depths in deals]
+        mean, parts = Mean(draws), []
+        for depths in deals:
+            drawn = Draws(len(text.chosen), draws=draws, seed=seed)
+            parts.append(_totals(route_groups(model, text.corpus, text.split, depths=depths, **text.options), mean, drawn))
         whole = LanguageScore.of(
             sum(part.nats for part in parts) / len(parts), tokens=routed.tokens, size=routed.header["bytes"], documents=routed.documents
         )
         found = replace(parts[0].score(), loss=whole.loss, bits_per_byte=whole.bits_per_byte)
-        results[name] = asdict(found) | {"excess": mean.estimate(minus=loss).to_dict()}
+        results[name] = asdict(found) | {"excess": mean.estimate(minus=depth.loss).to_dict()}
     better = min(("rare_deep", "frequent_deep"), key=lambda name: results[name]["loss"])
     return results | {"frequency": results[better] | {"rule": better}}
 

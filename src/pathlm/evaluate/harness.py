@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import evaluating, find_checkpoint, open_model, run_folder, start_token
+from pathlm.evaluate.checkpoint import evaluating, start_token
 from pathlm.evaluate.choices import encode_pair, likelihoods, read_questions
-from pathlm.evaluate.compare import note_result
 from pathlm.evaluate.lm import reach
+from pathlm.evaluate.subject import Measure, Subject, at_once
 
 try:
     from lm_eval.api.model import LM
@@ -116,8 +115,8 @@ def choice_task(file: Path | str, *, name: str | None = None, delimiter: str = "
     }
 
 
-def run(
-    model_folder: Path | str,
+def prepare(
+    subject: Subject,
     tasks: Sequence[str | Path | dict[str, Any]],
     *,
     limit: int | None = None,
@@ -125,34 +124,30 @@ def run(
     batch_size: int = 16,
     include_path: Path | str | None = None,
     context: int | None = None,
-    budget: float | None = None,
-    branches: int | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Evaluate the model in `model_folder` on lm-eval tasks and return their metrics by task, also written to `eval.json` there.
+) -> Measure:
+    """Make ready to evaluate a model on lm-eval tasks; measuring returns their metrics by task, also written to `eval.json`.
 
     A task is a name that lm-eval knows (with `include_path`, also from a folder of YAML files), a description as a dictionary, or a
     `.jsonl` file of questions (see `choice_task`). `limit` keeps the first so many documents of each. Data sets that are not local need a
-    network. `context` limits the tokens that the model sees, `budget` is the share of its route steps that a routed model may take,
-    `branches` the number of ways a token may take at once. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for a
-    folder without a model or a tokenizer, for a context that the model does not have or that has to be said, for a budget that the model
-    was not trained for, and for branches that it cannot have.
+    network. `context` limits the tokens that the model sees. Raises `FileNotFoundError` for a file that does not exist and `ValueError` for
+    a folder without a model or a tokenizer, and for a context that the model does not have or that has to be said.
     """
     for task in tasks:
         if _is_file(task):
             read_questions(str(task))
-    place = find_checkpoint(model_folder)
-    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
-    if tokenizer is None:
-        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
-    adapted = HarnessModel(model, tokenizer, batch_size=batch_size, context=context, name=str(model_folder))
-    found = evaluate(adapted, tasks, limit=limit, fewshot=fewshot, include_path=include_path)
-    file = note_result(run_folder(model_folder) / "eval.json", "lm-eval", {"checkpoint": str(place), "budget": budget, "tasks": found})
-    if console is not None:
-        console.print(table(found))
-        console.print(f"written to {file}", style="dim", highlight=False, soft_wrap=True)
-    return found
+    model, tokenizer = subject.with_tokenizer()
+    adapted = HarnessModel(model, tokenizer, batch_size=batch_size, context=context, name=str(subject.folder))
+
+    def measure() -> dict[str, dict[str, Any]]:
+        found = evaluate(adapted, tasks, limit=limit, fewshot=fewshot, include_path=include_path)
+        file = subject.note("eval.json", "lm-eval", {"checkpoint": str(subject.place), "budget": subject.budget, "tasks": found})
+        subject.print(table(found), note=f"written to {file}")
+        return found
+
+    return measure
+
+
+run = at_once(prepare)
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:

@@ -79,6 +79,22 @@ def windows(length: int, *, context: int, stride: int) -> list[Window]:
     return result
 
 
+@dataclass(frozen=True)
+class Text:
+    """Documents to measure a model on, and how they are read."""
+
+    corpus: Any
+    split: str
+    chosen: Sequence[Any]
+    options: dict[str, Any]
+    """Context, stride and limits, as `score` takes them."""
+
+    @property
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return sum(record.tokens - 1 for record in self.chosen)
+
+
 def score(
     model: Any,
     corpus: Any,

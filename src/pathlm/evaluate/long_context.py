@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from pathlm.evaluate.bootstrap import mean_with_interval
 from pathlm.evaluate.cached import forced_hits, write_greedily
-from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record
-from pathlm.evaluate.compare import asked_for, bar, note_result
+from pathlm.evaluate.checkpoint import evaluating
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar
 from pathlm.text.synthetic import LONG_TASKS, LongTask, SampleStream, open_task
 from pathlm.text.synthetic.words import SampleEncoder
 
@@ -206,8 +205,8 @@ def _score(group: list[Answer], draws: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run(
-    model_folder: Path | str,
+def prepare(
+    subject: Subject,
     specs: Sequence[str] | None = None,
     *,
     lengths: Sequence[int] | None = None,
@@ -216,15 +215,11 @@ def run(
     seed: int = 0,
     batch: int = 8,
     records: Path | str | None = None,
-    budget: float | None = None,
-    branches: int | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Measure how well a saved model answers questions about long contexts, and what its cache takes for that.
+) -> Measure:
+    """Make ready to measure how well a model answers questions about long contexts, and what its cache takes for that.
 
     Args:
-        model_folder: A run (its best, else its latest checkpoint), a checkpoint, or any Hugging Face causal language model.
+        subject: The model.
         specs: Tasks with filler, by name with options; by default those the run was trained on, else all with their defaults.
         lengths: Lengths to ask at, in the place of the tasks' own.
         samples: Samples of every task at every length.
@@ -232,48 +227,52 @@ def run(
         seed: Of the samples.
         batch: Sequences that run at once.
         records: File of JSON lines, one per answer. An evaluation that was cut off goes on from the answers in it.
-        budget: Share of its route steps that a routed model may take on average.
-        branches: Ways that a token may take at once through a pool, instead of the model's own number.
-        device: Where the model runs; by default a GPU where there is one.
-        console: Where progress and tables appear; nothing is printed without one.
 
-    Returns the content that is also written to `long-context.json` of the run (or model) folder under the split's name, behind it the
-    budget and the branches where they are given: `rows` by task and length, and `by_cache`, all tasks together by the bytes of the cache.
+    Measuring returns the content that is also written to `long-context.json` of the run (or model) folder under the split's name, behind it
+    the budget and the branches where they are given: `rows` by task and length, and `by_cache`, all tasks together by the bytes of the
+    cache.
 
-    Raises `ValueError`, before anything is measured, for tasks and lengths that cannot be, samples longer than the model's context, a
-    tokenizer that cannot write the tasks, and records of another evaluation.
+    Raises `ValueError` for tasks and lengths that cannot be, samples longer than the model's context, a tokenizer that cannot write the
+    tasks, and records of another evaluation.
     """
-    check_share(budget)
     _require_counts(samples=samples, batch=batch)
-    place = find_checkpoint(model_folder)
-    tasks = long_tasks(specs or _trained_on(model_folder) or LONG_TASKS, lengths)
+    about = {"checkpoint": str(subject.place), "split": split, "seed": seed, "budget": subject.budget, "branches": subject.branches}
+    tasks = long_tasks(specs or _trained_on(subject) or LONG_TASKS, lengths)
     for task in tasks:
         SampleStream(task, split, seed=seed)
-    about = {"checkpoint": str(place), "split": split, "seed": seed, "budget": budget, "branches": branches}
     journal = Journal(records, about) if records is not None else None
-    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
-    if tokenizer is None:
-        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
-    total = _check_reach(model, tasks, tokenizer, samples=samples, split=split, seed=seed)
-    begun = time.perf_counter()
-    names = {task.spec for task in tasks}
-    found = [answer for answer in journal.read() if answer.task in names and answer.index < samples] if journal is not None else []
-    options: dict[str, Any] = {"samples": samples, "split": split, "seed": seed, "batch": batch, "known": [a.key for a in found]}
-    with bar(console, "long context", total=total) as advance, journal or nullcontext():
-        for some in answers(model, tasks, tokenizer, progress=advance, **options):
+    model, tokenizer = subject.with_tokenizer()
+    options: dict[str, Any] = {"samples": samples, "split": split, "seed": seed}
+    total = _check_reach(model, tasks, tokenizer, **options)
+
+    def measure() -> dict[str, Any]:
+        begun = time.perf_counter()
+        found = _all_answers(subject, tasks, journal, total=total, batch=batch, **options)
+        result = {"suite": "long-context", **about, "model": str(subject.folder), "samples": samples}
+        result |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
+        result |= {"rows": scores(found), "by_cache": by_cache(found)}
+        file = subject.note("long-context.json", split + subject.asked, result)
+        parts = [part for shown in tables(result) for part in (shown, "")]
+        subject.print(*parts, note=f"{result['seconds']:.1f} s; written to {file}")
+        return result
+
+    return measure
+
+
+run = at_once(prepare)
+
+
+def _all_answers(subject: Subject, tasks: Sequence[LongTask], journal: Journal | None, *, total: int, **options: Any) -> list[Answer]:
+    """Return every answer, those of the journal as they stand there, by task and sample; the others are written into it."""
+    model, tokenizer = subject.opened
+    order = {task.spec: number for number, task in enumerate(tasks)}
+    found = [] if journal is None else [a for a in journal.read() if a.task in order and a.index < options["samples"]]
+    with bar(subject.console, "long context", total=total) as advance, journal or nullcontext():
+        for some in answers(model, tasks, tokenizer, progress=advance, known=[a.key for a in found], **options):
             found += some
             if journal is not None:
                 journal.write(some)
-    order = {task.spec: number for number, task in enumerate(tasks)}
-    found.sort(key=lambda answer: (order[answer.task], answer.index, answer.question))
-    result = {"suite": "long-context", **about, "model": str(model_folder), "samples": samples}
-    result |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
-    result |= {"rows": scores(found), "by_cache": by_cache(found)}
-    file = note_result(run_folder(model_folder) / "long-context.json", split + asked_for(budget, branches), result)
-    if console is not None:
-        console.print(*(part for shown in tables(result) for part in (shown, "")))
-        console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)
-    return result
+    return sorted(found, key=lambda answer: (order[answer.task], answer.index, answer.question))
 
 
 class Journal:
@@ -356,10 +355,9 @@ def _without_length(spec: str) -> str:
     return f"{name}:{others}" if others else name
 
 
-def _trained_on(model_folder: Path | str) -> list[str]:
+def _trained_on(subject: Subject) -> list[str]:
     """Return the tasks with filler that a run was trained on."""
-    tasks = run_record(model_folder).get("config", {}).get("data", {}).get("tasks", {})
-    return [spec for spec in tasks if spec.partition(":")[0] in LONG_TASKS]
+    return [spec for spec in subject.trained_on.get("tasks", {}) if spec.partition(":")[0] in LONG_TASKS]
 
 
 def _check_reach(model: Any, tasks: Iterable[LongTask], tokenizer: Any, *, samples: int, split: str, seed: int) -> int:

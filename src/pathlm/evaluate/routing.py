@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pathlm.evaluate.bootstrap import DRAWS, Draws
-from pathlm.evaluate.checkpoint import check_share, find_checkpoint, open_model, run_folder, run_record
-from pathlm.evaluate.compare import bar, check_vocabulary, corpus_folder, note_result
-from pathlm.evaluate.controls import PASSES, Order, controls, token_frequency
-from pathlm.evaluate.correlation import which_bin
+from pathlm.evaluate.checkpoint import check_share, find_checkpoint, open_model
+from pathlm.evaluate.controls import PASSES, controls, token_frequency
 from pathlm.evaluate.depth import Depth, readings
-from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore, choose, reach, score
+from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore, Text, choose, score
 from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import LossFile
 from pathlm.evaluate.route_map import RouteMap
 from pathlm.evaluate.routes import RouteTotals, budget_curve, check_budgets
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_vocabulary
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window, V vocabulary
 
@@ -32,13 +32,12 @@ BUDGETS = 5
 """Budgets measured where none are named, evenly from the smallest trained one to 1."""
 
 
-def run(
-    folder: Path | str,
+def prepare(
+    subject: Subject,
     corpus: Path | str | None = None,
     split: str = "validation",
     *,
     against: Path | str | None = None,
-    budget: float | None = None,
     budgets: Sequence[float] | None = None,
     context: int | None = None,
     stride: int | None = None,
@@ -47,82 +46,75 @@ def run(
     draws: int = DRAWS,
     seed: int = 0,
     plot: Path | str | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Measure a routed model's routes on a prepared corpus: loss and steps, the budget curve, controls, and how depth goes with difficulty.
+) -> Measure:
+    """Make ready to measure routes: loss and steps, the budget curve, controls, and how depth goes with difficulty.
 
     Args:
-        folder: The routed model: a run (its best, else its latest checkpoint), a checkpoint, or a folder with a model.
-        corpus: This, `split`, `context`, `stride`, `max_documents`, `max_tokens`, `device` and `console` as in `evaluate.compare.run`.
+        subject: The routed model. Its budget is that at which routes, controls and difficulty are measured; by default the one the model
+            was trained for last.
+        corpus: This, `split`, `context`, `stride`, `max_documents` and `max_tokens` as in `evaluate.compare.prepare`.
         against: An independent plain model to take the difficulty from, with the same tokenizer: a run or model folder, or a file that
             `pathlm eval --records` wrote.
-        budget: Budget at which routes, controls and difficulty are measured; by default the one the model was trained for last.
         budgets: Budgets of the curve; by default five, evenly from the smallest one trained to 1, or none where none was trained.
         draws: Times that documents are drawn anew for an interval; `seed` is that of these draws and of the random controls.
         plot: File for the budget curve as an SVG picture.
 
-    Returns the content that is also written to `routes.json` of the run (or model) folder under the split's name.
+    Measuring returns the content that is also written to `routes.json` of the run (or model) folder under the split's name.
 
-    Raises `ValueError`, before anything is measured, for options out of range, a plain model in the place of the routed one, another
-    tokenizer than the corpus's, and a single document, which gives no intervals.
+    Raises `ValueError` for options out of range, branches, a plain model in the place of the routed one, another tokenizer than the
+    corpus's, and a single document, which gives no intervals.
     """
-    _check(plot, (budget, *(budgets or ())))
-    place, model, data = _opened(folder, corpus, device=device)
-    chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
-    Draws(len(chosen), draws=draws)
-    budgets = _curve_budgets(model, budgets, also=budget)
-    context, stride = _reach(folder, model, context, stride)
-    options: dict[str, Any] = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
-    settings = {"context": context, "stride": stride, "draws": draws, "seed": seed}
-    with tempfile.TemporaryDirectory() as scratch:
-        losses, beside = _plain_losses(against, data, split, Path(scratch), chosen=chosen, device=device, console=console, **options)
-        passes = len(budgets) + 3 + PASSES + 2 * (losses is not None)
-        with bar(console, "routes", total=passes * sum(record.tokens - 1 for record in chosen)) as advance:
-            options |= {"chosen": chosen, "draws": draws, "seed": seed, "progress": advance}
-            found = _measured(model, data, split, budget=budget, budgets=budgets, losses=losses, beside=beside, **options)
-    about = {"split": split, "checkpoint": str(place), "corpus": {"folder": str(data.folder), "digest": data.manifest["digest"]}}
-    result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings} | found
-    file = note_result(run_folder(folder) / "routes.json", split, result)
-    _finish(result, file, plot=plot, console=console)
-    return result
-
-
-def _finish(result: dict[str, Any], file: Path, *, plot: Path | str | None, console: Console | None) -> None:
-    """Draw the curve and print the tables where they are asked for."""
-    if plot is not None:
-        Path(plot).write_text(budget_svg(result), encoding="utf-8")
-    if console is not None:
-        console.print(*(part for shown in tables(result) for part in (shown, "")))
-        written = f"{file}, the curve to {plot}" if plot is not None else str(file)
-        settings = f"context {result['settings']['context']}, stride {result['settings']['stride']}"
-        console.print(f"{settings}; written to {written}", style="dim", highlight=False, soft_wrap=True)
-
-
-def _check(plot: Path | str | None, budgets: Sequence[float | None]) -> None:
-    """Refuse what is wrong whatever the model is."""
-    for budget in budgets:
+    if subject.branches is not None:
+        raise ValueError(f"branches={subject.branches}: routes are measured with as many as the model was trained with")
+    for budget in budgets or ():
         check_share(budget)
     if plot is not None and not Path(plot).parent.is_dir():
         raise FileNotFoundError(f"plot={str(plot)!r}: the folder {str(Path(plot).parent)!r} does not exist")
-
-
-def _opened(folder: Path | str, corpus: Path | str | None, *, device: str | None) -> tuple[Path, Any, Any]:
-    """Return where the routed model lies, the model, and the corpus that fits it."""
-    from pathlm.text.corpus import Corpus
-
-    place = find_checkpoint(folder)
-    data = Corpus.open(corpus_folder(corpus, _trained_on(folder), folder), verify=False)
-    model, tokenizer = open_model(place, device=device)
+    place, data = subject.place, subject.corpus(corpus)
+    model, tokenizer = subject.as_saved
     check_vocabulary(model, tokenizer, data, place)
     if getattr(model, "pool", None) is None:
         raise ValueError(f"the model in {place} has no pool: there are no routes to measure")
-    return place, model, data
+    chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
+    Draws(len(chosen), draws=draws)
+    curve = _curve_budgets(model, budgets, also=subject.budget)
+    context, stride = subject.reach(model, context, stride)
+    limits = {"max_documents": max_documents, "max_tokens": max_tokens}
+    text = Text(data, split, chosen, {"context": context, "stride": stride} | limits)
+    plain = None if against is None else Plain(against, text, device=subject.device)
+    return lambda: _measured(subject, text, plain, curve, draws=draws, seed=seed, plot=plot)
 
 
-def _trained_on(folder: Path | str) -> dict[str, Any]:
-    found: dict[str, Any] = run_record(folder).get("config", {}).get("data", {})
-    return found
+run = at_once(prepare)
+
+
+def _measured(
+    subject: Subject, text: Text, plain: Plain | None, curve: Sequence[float], *, draws: int, seed: int, plot: Path | str | None
+) -> dict[str, Any]:
+    corpus = {"folder": str(text.corpus.folder), "digest": text.corpus.manifest["digest"]}
+    options = text.options
+    settings = {"context": options["context"], "stride": options["stride"], "draws": draws, "seed": seed}
+    with tempfile.TemporaryDirectory() as scratch:
+        losses, beside = (None, None) if plain is None else plain.losses(Path(scratch), console=subject.console)
+        passes = len(curve) + 3 + PASSES + 2 * (losses is not None)
+        with bar(subject.console, "routes", total=passes * text.tokens) as advance:
+            read = dataclasses.replace(text, options=options | {"progress": advance})
+            found = of_routes(subject.as_saved[0], read, curve, budget=subject.budget, losses=losses, draws=draws, seed=seed)
+    if beside is not None:
+        found["plain"] = beside | found["plain"]
+    about = {
+        "split": text.split,
+        "checkpoint": str(subject.place),
+        "corpus": corpus,
+    }
+    result = about | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings} | found
+    file = subject.note("routes.json", text.split, result)
+    if plot is not None:
+        Path(plot).write_text(budget_svg(result), encoding="utf-8")
+    written = f"{file}, the curve to {plot}" if plot is not None else str(file)
+    parts = [part for shown in tables(result) for part in (shown, "")]
+    subject.print(*parts, note=f"context {settings['context']}, stride {settings['stride']}; written to {written}")
+    return result
 
 
 def _curve_budgets(model: Any, budgets: Sequence[float] | None, *, also: float | None) -> list[float]:
@@ -134,55 +126,69 @@ def _curve_budgets(model: Any, budgets: Sequence[float] | None, *, also: float |
     return list(budgets)
 
 
-def _reach(folder: Path | str, model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
-    if context is None and (length := _trained_on(folder).get("length")):
-        context = min(length, model.config.max_position_embeddings)
-    return reach(model, context, stride)
+class Plain:
+    """An independent model whose losses say how hard places are: one to measure, or records of an earlier evaluation.
+
+    Raises `ValueError` for another tokenizer than the corpus's, and for records of another text.
+    """
+
+    def __init__(self, place: Path | str, text: Text, *, device: str | None) -> None:
+        self._place, self._text, corpus = place, text, text.corpus
+        if not Path(place).is_file():
+            self._checkpoint = find_checkpoint(place)
+            self._model, tokenizer = open_model(self._checkpoint, device=device)
+            check_vocabulary(self._model, tokenizer, corpus, self._checkpoint)
+            return
+        self._model, self._records = None, LossFile(place)
+        if self._records.header.get("corpus") != corpus.manifest["digest"] or self._records.header.get("split") != text.split:
+            raise ValueError(f"against={str(place)!r}: holds losses of another corpus or split than {corpus.folder}, {text.split!r}")
+        if len(self._records) != text.tokens:
+            raise ValueError(
+                f"against={str(place)!r}: holds losses of {len(self._records):,} tokens, routes are measured on {text.tokens:,}"
+            )
+
+    def losses(self, scratch: Path, *, console: Console | None) -> tuple[LossFile, dict[str, Any]]:
+        """Return its losses, if need be measured and written to a scratch folder, and what is told of it."""
+        text = self._text
+        if self._model is not None:
+            file = scratch / "plain.safetensors"
+            with bar(console, "plain model", total=text.tokens) as advance:
+                found = score(self._model, text.corpus, text.split, records=file, progress=advance, **text.options)
+            return LossFile(file), {"checkpoint": str(self._checkpoint), "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        starts = range(0, text.tokens, GROUP_TOKENS)
+        nats = sum(float(self._records.rows(start, start + GROUP_TOKENS).loss.sum(dtype=np.float64)) for start in starts)
+        size = sum(record.bytes for record in text.chosen)
+        whole = LanguageScore.of(nats, tokens=text.tokens, size=size, documents=len(text.chosen))
+        return self._records, {"file": str(self._place), "loss": whole.loss, "bits_per_byte": whole.bits_per_byte}
 
 
-def _measured(
-    model: Any, corpus: Any, split: str, *, budget: float | None, budgets: Sequence[float], losses: LossFile | None,
-    beside: dict[str, Any] | None, chosen: Sequence[Any], draws: int, seed: int, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Return everything that is measured of routes; `losses` are a plain model's and `beside` what is told of it, where there is one."""
+def of_routes(
+    model: Any, text: Text, curve: Sequence[float], *, budget: float | None, losses: LossFile | None, draws: int, seed: int
+) -> dict[str, Any]:
+    """Return everything that is measured of routes; `losses` are a plain model's, where there is one."""
+    corpus, split, options = text.corpus, text.split, text.options
     frequency_V = token_frequency(corpus, vocabulary=model.config.vocab_size)
     moves = RouteMap(model)
     parts = readings(model, corpus, split, losses=losses, budget=budget, route_map=moves, **options)
     first = next(parts)
-    depth = Depth(first, chosen, frequency_V, corpus.tokenizer(), draws=draws, seed=seed)
-    depth.add(first)
-    for reading in parts:
+    depth = Depth(first, text.chosen, frequency_V, corpus.tokenizer(), draws=draws, seed=seed)
+    for reading in chain([first], parts):
         depth.add(reading)
-    by_frequency = Order(depth.slices.count("frequency"), lambda documents, _: depth.slices.frequency_V[_read(documents)])
-    by_difficulty = None
-    if losses is not None:
-        starts = depth.slices.difficulty_starts
-        by_difficulty = Order(depth.slices.count("difficulty"), lambda _, rows: which_bin(losses.rows(rows.start, rows.stop).loss, starts))
     correlations = depth.correlations()
     scores = {"shortest": asdict(depth.early.score()), "deepest": asdict(depth.late.score())}
-    return {
+    speed = {"time/tokens_per_s": depth.routed.tokens / depth.seconds}
+    result: dict[str, Any] = {
         "routed": asdict(depth.routed.score()),
-        "metrics": of_steps(depth.routed)
-        | moves.metrics()
-        | of_costs(model, depth.routed)
-        | {"time/tokens_per_s": depth.routed.tokens / depth.seconds},
+        "metrics": of_steps(depth.routed) | moves.metrics() | of_costs(model, depth.routed) | speed,
         "map": moves.to_dict(),
         "slices": depth.slices.rows(),
         "difficulty_of": "the model itself" if losses is None else "the plain model",
-        "budgets": [asdict(point) for point in budget_curve(model, corpus, split, budgets, **options)],
-        "controls": controls(
-            model, corpus, split, routed=depth.routed, loss=depth.loss, frequency=by_frequency, difficulty=by_difficulty,
-            draws=partial(Draws, len(chosen), draws=draws, seed=seed), seed=seed, **options,
-        ),
+        "budgets": [asdict(point) for point in budget_curve(model, corpus, split, curve, **options)],
+        "controls": controls(model, text, depth, losses, draws=draws, seed=seed),
         "gain": scores | {"mean": depth.gain.estimate().to_dict(), "correlations": correlations["gain"]},
-        "difficulty": correlations.get("loss"),
-        "plain": None if beside is None or depth.excess is None else beside | {"routed_excess": depth.excess.estimate().to_dict()},
-    }  # fmt: skip
-
-
-def _read(documents: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the tokens that a next one is predicted for."""
-    return np.concatenate([tokens[:-1] for tokens in documents])
+    }
+    excess = None if depth.excess is None else {"routed_excess": depth.excess.estimate().to_dict()}
+    return result | {"difficulty": correlations.get("loss"), "plain": excess}
 
 
 def of_steps(routed: RouteTotals) -> dict[str, float]:
@@ -281,28 +287,3 @@ def _told(estimate: dict[str, float | None], *, digits: int = 4) -> str:
     if value is None:
         return "not defined"
     return f"{value:+.{digits}f}" + ("" if low is None or high is None else f" ({low:+.{digits}f} to {high:+.{digits}f})")
-
-
-def _plain_losses(
-    plain: Path | str | None, corpus: Any, split: str, scratch: Path, *, chosen: Sequence[Any], device: str | None,
-    console: Console | None, **options: Any,
-) -> tuple[LossFile | None, dict[str, Any] | None]:  # fmt: skip
-    """Return an independent model's losses and its score, from a file of records or by measuring it; None where there is none."""
-    if plain is None:
-        return None, None
-    tokens, size = sum(record.tokens - 1 for record in chosen), sum(record.bytes for record in chosen)
-    if Path(plain).is_file():
-        losses = LossFile(plain)
-        if losses.header.get("corpus") != corpus.manifest["digest"] or losses.header.get("split") != split:
-            raise ValueError(f"against={str(plain)!r}: holds losses of another corpus or split than {corpus.folder}, {split!r}")
-        if len(losses) != tokens:
-            raise ValueError(f"against={str(plain)!r}: holds losses of {len(losses):,} tokens, routes are measured on {tokens:,}")
-        nats = sum(float(losses.rows(start, start + GROUP_TOKENS).loss.sum(dtype=np.float64)) for start in range(0, tokens, GROUP_TOKENS))
-        whole = LanguageScore.of(nats, tokens=tokens, size=size, documents=len(chosen))
-        return losses, {"file": str(plain), "loss": whole.loss, "bits_per_byte": whole.bits_per_byte}
-    place = find_checkpoint(plain)
-    model, tokenizer = open_model(place, device=device)
-    check_vocabulary(model, tokenizer, corpus, place)
-    with bar(console, "plain model", total=tokens) as advance:
-        found = score(model, corpus, split, records=scratch / "plain.safetensors", progress=advance, **options)
-    return LossFile(scratch / "plain.safetensors"), {"checkpoint": str(place), "loss": found.loss, "bits_per_byte": found.bits_per_byte}

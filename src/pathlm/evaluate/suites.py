@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from pathlm.evaluate.subject import Measure
 
 SUITES = ("lm", "routing", "synthetic", "choices", "long-context")
 LM_EVAL = "lm-eval"
@@ -58,7 +61,8 @@ def run(
     and `tasks` are those of lm-eval instead. `own` are options of single suites (see `CONCERNS`), lists written with commas between;
     `records` is a file. The others are those of the suites, which say what they mean.
 
-    Raises `ValueError`, before anything is measured, for suites that do not exist and options that no chosen suite would look at.
+    Raises `ValueError` for suites that do not exist and options that no chosen suite would look at, and what any of the chosen ones
+    refuses, before anything is measured.
     """
     chosen = choose(suite, routes=routes, tasks=tasks)
     _refuse(chosen, own | {"branches": branches}, said=suite)
@@ -69,20 +73,22 @@ def run(
     if "lengths" in given:
         given["lengths"] = numbers("lengths", given["lengths"], int)
     text = {"context": context, "stride": stride, "max_documents": max_documents, "max_tokens": max_tokens}
-    every = {"budget": budget, "device": device, "console": console}
     wanted: dict[str, dict[str, Any]] = {
-        "lm": {"corpus": corpus, "split": split, **text, "order": order, "records": records, "branches": branches},
+        "lm": {"corpus": corpus, "split": split, **text, "order": order, "records": records},
         "routing": {"corpus": corpus, "split": split, **text},
-        "synthetic": {"split": split, "branches": branches},
-        "choices": {"corpus": corpus, "split": split, "context": context, "branches": branches},
-        "long-context": {"split": split, "records": records, "branches": branches},
-        LM_EVAL: {"tasks": tasks, "context": context, "branches": branches},
+        "synthetic": {"split": split},
+        "choices": {"corpus": corpus, "split": split, "context": context},
+        "long-context": {"split": split, "records": records},
+        LM_EVAL: {"tasks": tasks, "context": context},
     }
-    found = {}
+    from pathlm.evaluate.subject import Subject
+
+    subject = Subject(model_folder, budget=budget, branches=branches, device=device, console=console)
+    ready: dict[str, Measure] = {}
     for name in chosen:
         mine = {option: value for option, value in given.items() if name in CONCERNS[option][1]}
-        found[name] = _body(name)(model_folder, **wanted[name], **every, **mine)
-    return found
+        ready[name] = _prepare(name)(subject, **wanted[name], **mine)
+    return {name: measure() for name, measure in ready.items()}
 
 
 def choose(suite: str | None, *, routes: bool = False, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -125,22 +131,17 @@ def _flag(suites: Sequence[str]) -> str:
     return alone.get(suites[0], f"--suite {' or '.join(suites)}")
 
 
-def _body(name: str) -> Callable[..., dict[str, Any]]:
-    """Import what measures a suite."""
+def _prepare(name: str) -> Callable[..., Measure]:
+    """Import what makes a suite ready."""
     if name == LM_EVAL:
         from pathlm.evaluate import harness
 
-        return harness.run
+        return harness.prepare
     from pathlm.evaluate import choices, compare, long_context, routing, synthetic
 
-    bodies: dict[str, Callable[..., dict[str, Any]]] = {
-        "lm": compare.run,
-        "routing": routing.run,
-        "synthetic": synthetic.run,
-        "choices": choices.run,
-        "long-context": long_context.run,
-    }
-    return bodies[name]
+    suites = {"lm": compare, "routing": routing, "synthetic": synthetic, "choices": choices, "long-context": long_context}
+    found: Callable[..., Measure] = suites[name].prepare
+    return found
 
 
 def numbers(name: str, text: str, kind: Callable[[str], N]) -> list[N]:

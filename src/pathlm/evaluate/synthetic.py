@@ -8,17 +8,15 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pathlm.evaluate.checkpoint import check_share, evaluating, find_checkpoint, open_model, run_folder, run_record
-from pathlm.evaluate.compare import asked_for, note_result
+from pathlm.evaluate.checkpoint import evaluating
+from pathlm.evaluate.subject import Measure, Subject, at_once
 from pathlm.text.synthetic import SampleStream, Task, open_task
 from pathlm.text.synthetic.words import EncodedSample, SampleEncoder
 
@@ -117,59 +115,51 @@ def interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float
     return 0.0 if successes == 0 else centre - margin, 1.0 if successes == trials else centre + margin
 
 
-def run(
-    model_folder: Path | str,
-    specs: Sequence[str] | None = None,
-    *,
-    samples: int = 200,
-    split: str = "validation",
-    seed: int = 0,
-    batch: int = 64,
-    budget: float | None = None,
-    branches: int | None = None,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Measure how many answers to synthetic tasks a saved model gets right, by task and number of steps k.
+def prepare(
+    subject: Subject, specs: Sequence[str] | None = None, *, samples: int = 200, split: str = "validation", seed: int = 0, batch: int = 64
+) -> Measure:
+    """Make ready to measure how many answers to synthetic tasks are right, by task and number of steps k.
 
     Args:
-        model_folder: A run (its best, else its latest checkpoint), a checkpoint, or any Hugging Face causal language model.
+        subject: The model.
         specs: Tasks by name with options; by default those the run was trained on.
         samples: Samples of every task at every k.
         split: Of the tasks: train, validation or test.
         seed: Of the samples.
         batch: Sequences that run at once.
-        budget: Share of its route steps that a routed model may take on average.
-        branches: Ways that a token may take at once through a pool, instead of the model's own number.
-        device: Where the model runs; by default a GPU where there is one.
-        console: Where the table appears; nothing is printed without one.
 
-    Returns the content that is also written to `synthetic.json` of the run (or model) folder under the split's name, behind it the budget
-    and the branches where they are given: `rows`, the fields of `TaskScore`.
+    Measuring returns the content that is also written to `synthetic.json` of the run (or model) folder under the split's name, behind it
+    the budget and the branches where they are given: `rows`, the fields of `TaskScore`.
 
-    Raises `ValueError`, before anything is measured, for tasks that do not exist, and for a run without tasks where none are named.
+    Raises `ValueError` for tasks that do not exist or do not fit into the model, and for a run without tasks where none are named.
     """
-    check_share(budget)
     _require_counts(samples, batch)
-    place = find_checkpoint(model_folder)
-    tasks = list(specs or run_record(model_folder).get("config", {}).get("data", {}).get("tasks", {}))
+    tasks = list(specs or subject.trained_on.get("tasks", {}))
     if not tasks:
-        raise ValueError(f"task: {model_folder} was not trained on synthetic tasks; name one or more, such as copy")
-    for spec in tasks:
-        SampleStream(open_task(spec), split, seed=seed)
-    model, tokenizer = open_model(place, device=device, budget=budget, branches=branches)
-    if tokenizer is None:
-        raise ValueError(f"model folder {str(model_folder)!r} holds no tokenizer")
+        raise ValueError(f"task: {subject.folder} was not trained on synthetic tasks; name one or more, such as copy")
+    streams = [SampleStream(open_task(spec), split, seed=seed) for spec in tasks]
+    model, tokenizer = subject.with_tokenizer()
+    encode = SampleEncoder(tokenizer, [stream.task for stream in streams])
+    for stream in streams:
+        drawn = (stream.sample(index, k=k) for k in stream.task.ks for index in range(samples))
+        _check_fit(model, stream.task, map(encode, drawn))
+    return lambda: _measured(subject, tasks, samples=samples, split=split, seed=seed, batch=batch)
+
+
+run = at_once(prepare)
+
+
+def _measured(subject: Subject, tasks: Sequence[str], *, samples: int, split: str, seed: int, batch: int) -> dict[str, Any]:
+    model, tokenizer = subject.opened
     begun = time.perf_counter()
-    with nullcontext() if console is None else console.status("synthetic tasks"):
+    with nullcontext() if subject.console is None else subject.console.status("synthetic tasks"):
         scores = score_tasks(model, tasks, tokenizer, samples=samples, split=split, seed=seed, batch_size=batch)
-    about = {"suite": "synthetic", "checkpoint": str(place), "split": split, "seed": seed, "budget": budget, "branches": branches}
-    about |= {"samples": samples, "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
+    about = {"suite": "synthetic", "checkpoint": str(subject.place), "split": split, "seed": seed}
+    about |= {"budget": subject.budget, "branches": subject.branches, "samples": samples}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begun}
     result = about | {"rows": [score.row() for score in scores]}
-    file = note_result(run_folder(model_folder) / "synthetic.json", split + asked_for(budget, branches), result)
-    if console is not None:
-        console.print(table(result))
-        console.print(f"{result['seconds']:.1f} s; written to {file}", style="dim", highlight=False, soft_wrap=True)
+    file = subject.note("synthetic.json", split + subject.asked, result)
+    subject.print(table(result), note=f"{result['seconds']:.1f} s; written to {file}")
     return result
 
 
