@@ -14,3 +14,12 @@ def test_bytes_of_a_character_are_escaped_and_whole_characters_are_not():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     ids = tokenizer("a中\n", add_special_tokens=False)["input_ids"]
     assert [token_text(tokenizer, i) for i in ids] == ["a", "\\xe4", "\\xb8", "\\xad", "\n"]
+
+
+def test_bytes_of_tokenizers_with_byte_fallback_are_escaped_too():
+    names = ["<unk>", "a", "<0xE4>", "<0xB8>", "<0xAD>", "<0x0A>"]
+    raw = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    ids = tokenizer("a中\n", add_special_tokens=False)["input_ids"]
+    assert [token_text(tokenizer, i) for i in ids] == ["a", "\\xe4", "\\xb8", "\\xad", "\n"]

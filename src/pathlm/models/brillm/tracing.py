@@ -200,8 +200,9 @@ def paths(output: Any, tokenizer: Any, *, newest: int | None = None) -> list[Pat
     found = []
     for row in range(trace.input_ids.shape[0]):
         columns: list[int] = []
+        starts = trace.starts[row].tolist()  # at once: to ask a tensor place by place costs as much as the rest
         for t in trace.present[row].nonzero().flatten().tolist():
-            if bool(trace.starts[row, t]) and columns:
+            if starts[t] and columns:
                 found.append(_path(trace, row, columns, name, tokenizer, newest))
                 columns = []
             columns.append(t)
@@ -216,7 +217,8 @@ def _path(trace: Trace, row: int, columns: list[int], name: Callable[[int], str]
     ids = trace.input_ids[row, columns[first:]].tolist()
     steps = [] if first else [Step(name(ids[0]), 0.0)]
     # The part of a column is called after its step; that of a text's first token is its first signal.
-    called = {t: "signal" if bool(trace.starts[row, t]) else f"step:{place}" for place, t in enumerate(columns)}
+    starts = trace.starts[row].tolist()
+    called = {t: "signal" if starts[t] else f"step:{place}" for place, t in enumerate(columns)}
     for place in range(max(first, 1), len(columns)):
         steps.append(_step(trace, row, columns[place - 1 : place + 1], name, called))
     return Path("brillm", tokenizer.decode(ids), tuple(steps))
