@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pathlm.cli import app
 from pathlm.evaluate import gates
+from pathlm.evaluate.gate_table import THIRD
 
 IMITATION = "validation/route/imitation"
 
@@ -253,7 +254,7 @@ def test_wrapping_is_judged_by_a_folder_that_was_wrapped_and_evaluated(tmp_path)
 def rows_of(**passed):
     """Gates of the last decision: `needed…` ones, `either…` of which one must hold, `maybe…` that need not be measured."""
     return [
-        {"stage": gates.THIRD, "passed": value, "one_of": name.startswith("either"), "optional": name.startswith("maybe")}
+        {"stage": THIRD, "passed": value, "one_of": name.startswith("either"), "optional": name.startswith("maybe")}
         for name, value in passed.items()
     ]
 
@@ -271,7 +272,7 @@ def rows_of(**passed):
     ],
 )
 def test_a_decision_needs_all_gates_and_one_of_those_of_which_one_is_enough(passed, expected):
-    assert gates.decide(rows_of(**passed)) == {gates.THIRD: expected}
+    assert gates.decide(rows_of(**passed)) == {THIRD: expected}
 
 
 @pytest.mark.parametrize("damaged", [None, 3, "text", [], {}, [None], {"difficulty": {}, "load": 3, "histogram": "x", "orders": []}])
