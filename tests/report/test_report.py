@@ -387,6 +387,20 @@ def test_a_damaged_file_of_one_run_leaves_the_other_runs_as_they_are(tmp_path, n
     assert notes and all(name in note for note in notes) and not list(whole.all("p", class_="note"))
 
 
+def test_a_file_that_two_sections_cannot_read_is_told_of_once(tmp_path):
+    run = routed_run(tmp_path / "run")
+    (run / "routes.json").write_text('{"validation": {"routed": 3, "map": 3}}')
+    assert [note.count("routes.json") for note in report(run).notes] == [1]
+
+
+@pytest.mark.parametrize("name", ["-x", "two words"])
+def test_commands_name_folders_so_that_they_can_be_pasted(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    plain_run(File(name))
+    said = " ".join(command.text for command in parsed(report(File(name)).file.read_bytes()).all("code"))
+    assert ("pathlm eval ./-x" in said) if name == "-x" else ("pathlm eval 'two words'" in said)
+
+
 def test_a_row_that_is_being_written_is_no_damage(tmp_path):
     run = plain_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:

@@ -90,7 +90,8 @@ def _final(value: Any) -> Any:
 
 def _chapter(run: Run, key: str) -> Chapter:
     """Return everything about a run that its files tell. A file of another form than ours becomes a note."""
-    place = shlex.quote(str(run.folder))
+    folder = str(run.folder)
+    place = shlex.quote(f"./{folder}" if folder.startswith("-") else folder)  # what begins with a dash would be read as an option
     chapter = Chapter(key, run.name, _facts(run))
     trace = routes.TRACE.format(run=place)
     sentences = passages.section(run)
@@ -105,10 +106,14 @@ def _chapter(run: Run, key: str) -> Chapter:
         ("paths.jsonl or neighbours.jsonl", lambda: signals.section(run, trace)),
         ("routes.json", lambda: _listed(routes.worth(run))),
     ]
+    spoilt: set[str] = set()
     for name, make in found:
         try:
             sections, missing = make()
         except OTHER_FORM as error:
+            if not spoilt.isdisjoint(name.split(" or ")):
+                continue  # another section has said so
+            spoilt.update(name.split(" or "))
             run.notes.append(f"{run.folder / name} is not of the form that is expected here ({error!r}); what it holds is not shown")
             continue
         chapter.sections += sections
