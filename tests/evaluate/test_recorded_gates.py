@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pathlm.cli import app
 from pathlm.evaluate import gates
-from pathlm.evaluate.gate_table import THIRD
+from pathlm.evaluate.gates import THIRD
 
 IMITATION = "validation/route/imitation"
 
