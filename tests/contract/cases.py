@@ -128,7 +128,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "pool": {"4 blocks": {"pool_blocks": 4}, "3 blocks": {"pool_blocks": 3}},
     "position": {kind: {"block_position": kind} for kind in ("arc", "circle", "random", "none")},
-    "reader": {f"to {reader}": {"block_position_to": reader} for reader in ("both", "router", "blocks")},
+    "reader": {f"to {reader}": {"block_position_to": reader} for reader in ("both", "router", "state", "blocks")},
     "bias": {"": {}, "near": {"location_bias": 1.5}},
     "repeats": {"": {}, "no repeats": {"max_repeats": 1}, "one repeat": {"max_repeats": 2}},
     "left": {"": {}, "refreshed": {"left_rows": "refreshed"}},
@@ -272,7 +272,7 @@ BRANCHED = (
     branched(" over few rows", 2, local_window=3),
     branched(" over rows and codes", 2, local_window=3, beam_cost=0.2, **MIXED),
     branched(" over fading rows", 4, share=0.4, max_repeats=1, **MIXED),
-    branched(" recur", 2, route_moves="recur", max_route_steps=5),
+    branched(" recur, positions in the state", 2, route_moves="recur", max_route_steps=5, block_position_to="state"),
     branched(" skip, rows refreshed", 4, route_moves="skip", left_rows="refreshed", min_route_steps=2),
     branched(", budget 0.5, a window", 4, budget=0.5, block_position="none", attention_window=4),
 )

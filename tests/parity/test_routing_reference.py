@@ -151,7 +151,7 @@ def test_the_forced_path_is_that_of_the_reference_and_visits_every_block_once(po
 
 
 @pytest.mark.parametrize("case", FRESH, ids=str)
-@pytest.mark.parametrize("reader", ["router", "blocks"])
+@pytest.mark.parametrize("reader", ["router", "blocks", "state"])
 @pytest.mark.parametrize("position", ["arc", "circle", "random", "none"])
 def test_a_fresh_router_takes_the_original_path_and_positions_change_nothing(case: Case, position: str, reader: str) -> None:
     case = replace(case, options=case.options | SMALL | {"block_position": position, "block_position_to": reader, "block_position_dim": 8})
@@ -161,6 +161,27 @@ def test_a_fresh_router_takes_the_original_path_and_positions_change_nothing(cas
     blocks, least = model.config.pool_blocks, model.config.min_route_steps
     assert all([visit[0] for visit in route][:blocks] == list(range(1, blocks + 1)) for route in slow.routes)
     assert all(len(route) == max(blocks, least) for route in slow.routes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader", ["blocks", "state"])
+def test_places_that_are_added_to_the_state_stay_there(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that add nothing show what else was added on the way B1 … B4: nothing, or what each adapter made of the place before."""
+    model, seen, run = built(routed(USUAL | {"choice": "top-1", "reader": f"to {reader}"}, **SMALL)), [], PoolRun.run
+    for block in model.blocks:
+        block.out_proj.weight.zero_()
+        block.down_proj.weight.zero_()
+
+    def spy(self: PoolRun, h_BTD: Tensor) -> Any:
+        seen.append((h_BTD, *run(self, h_BTD)))
+        return seen[-1][1:]
+
+    monkeypatch.setattr(PoolRun, "run", spy)
+    quickly(model, knobs=Knobs(router_share=0.0))
+    ((before_BTD, after_BTD, _),) = seen
+    added_D = sum(adapter(place_P.double()) for adapter, place_P in zip(model.pool.adapters, model.pool.position[:4], strict=True))
+    expected = before_BTD + added_D if reader == "state" else before_BTD
+    torch.testing.assert_close(after_BTD, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("choice", ["top-1", "top-2"])

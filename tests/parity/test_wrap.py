@@ -25,6 +25,7 @@ ROUTING: dict[str, dict[str, Any]] = {
     "random": {"block_position": "random"},
     "no positions": {"block_position": "none"},
     "positions to blocks alone": {"block_position_to": "blocks"},
+    "positions to the state": {"block_position_to": "state"},
     "deep router": {"router_hidden": 16},
     "repeats capped": {"max_repeats": 1},
     "recur only": {"route_moves": "recur", "max_route_steps": 5},

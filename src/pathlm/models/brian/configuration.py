@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MOVES = ("any", "recur", "skip")
 POSITIONS = ("arc", "circle", "random", "none")
-READERS = ("router", "blocks", "both")
+READERS = ("router", "blocks", "both", "state")
 MEMORIES = ("local", "canonical", "local+canonical")
 LEFT_ROWS = ("kept", "refreshed")
 ADAPTERS = ("shared", "block")
@@ -55,7 +55,8 @@ class BrianConfig(PreTrainedConfig):
     """How places in the pool are written as vectors: `arc`, `circle`, `random` or `none`."""
     block_position_dim: int = 64
     block_position_to: str = "both"
-    """Who reads a token's position in the pool: the `router`, the `blocks`, or `both`."""
+    """Who reads a token's position in the pool: the `router`, the `blocks`, or `both`. With `state` a block adds what it would read to the
+    hidden state itself, where it stays; the router sees it there."""
     location_bias: float = 0.0
     """Added to a block's score times the similarity of its position to the token's."""
     router_hidden: int = 0
@@ -138,12 +139,12 @@ class BrianConfig(PreTrainedConfig):
 
     @property
     def router_sees_position(self) -> bool:
-        """Whether the router reads a token's position in the pool; otherwise it knows the number of the step."""
-        return self.block_position != "none" and self.block_position_to != "blocks"
+        """Whether the router is told a token's position in the pool; otherwise it knows the number of the step."""
+        return self.block_position != "none" and self.block_position_to in ("router", "both")
 
     @property
     def blocks_see_position(self) -> bool:
-        """Whether blocks read a token's position in the pool."""
+        """Whether blocks read a token's position in the pool, beside the hidden state or in it."""
         return self.block_position != "none" and self.block_position_to != "router"
 
     @property

@@ -296,18 +296,20 @@ class PoolRun:
     def _project(self, groups: Groups, state: Travellers) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return queries, keys and values of every visit (k, n, H + 2G, K), what it asks codes for, and each group's hidden states.
 
-        What is asked is (k, n, H, W); None where no codes are read.
+        What is asked is (k, n, H, W); None where no codes are read. The hidden states are those that blocks add to.
         """
         h_in = groups.split(state.h)
         p_in = groups.split(state.p) if len(self.pool.adapters) else [None] * len(h_in)
-        parts, asked = [], []
+        parts, asked, x_in = [], [], []
         for block, h, p in zip(groups.blocks, h_in, p_in, strict=True):
             x = h if p is None else h + self.pool.adapters[block](p)
+            x_in.append(x)
             part = self._call(self.blocks[block].project_frugally if groups.copies > 1 else self.blocks[block].project, x)
             parts.append(part)
             if self.table.codes is not None:
                 asked.append(self.table.codes.ask(block, part[:, : self.blocks[block].heads]))
-        return groups.joined(parts), groups.joined(asked) if asked else None, h_in
+        stays = self.pool.config.block_position_to == "state"
+        return groups.joined(parts), groups.joined(asked) if asked else None, x_in if stays else h_in
 
     def _finish(self, groups: Groups, state: Travellers, h_in: list[Tensor], read: list[Tensor], weight_nk: Tensor | None) -> Tensor:
         """Return the next hidden states (n, D)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from pathlm.models.brian import reference_codes
 from pathlm.models.brian.modeling import BrianForCausalLM
 from pathlm.models.brian.reference import Heads, attend, count, finish, head, ordinary, project, visible
-from pathlm.models.brian.reference_pool import block_of, legal, matrix, pool_of, scores
+from pathlm.models.brian.reference_pool import block_of, legal, matrix, pool_of, scores, told_place
 
 # Shapes: D width, P width of block positions, V vocabulary
 
@@ -136,9 +136,7 @@ def _visit(
                 number = min(number + branch.refreshed, config.pool_blocks)
             elif branch.left:
                 continue
-            h_D = branch.h_D
-            if branch.p_P is not None and config.block_position_to in ("blocks", "both"):
-                h_D = h_D + matrix(pool_of(model).adapters[number - 1]) @ branch.p_P
+            h_D = told_place(model, number, branch.h_D, branch.p_P)
             query, key, value = project(model, block_of(model, number), h_D, at)
             inputs[id(branch)] = (h_D, query)
             branch.row = (key, value) if config.remembers_rows else None
@@ -156,7 +154,7 @@ def _visit(
                 heard = reference_codes.read(model, block, number - 1, h_D, positions[t], seen)
             else:
                 heard = attend(query, [row for s in visible(t, documents, window) if (row := mine[s]) is not None], model)
-            branch.h_D = finish(model, block, branch.h_D, heard)
+            branch.h_D = finish(model, block, h_D if config.block_position_to == "state" else branch.h_D, heard)
             branch.p_P = None if branch.p_P is None else pool_of(model).position[number]
 
 

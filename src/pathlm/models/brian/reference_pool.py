@@ -196,9 +196,7 @@ def _visit(
             continue
         rows = []
         for number in traveller.route[-1]:
-            h_D = traveller.h_D
-            if traveller.p_P is not None and model.config.block_position_to in ("blocks", "both"):
-                h_D = h_D + matrix(pool_of(model).adapters[number - 1]) @ traveller.p_P
+            h_D = told_place(model, number, traveller.h_D, traveller.p_P)
             q, key, value = project(model, block_of(model, number), h_D, traveller.rotary)
             query[-1].append(q)
             inputs[-1].append(h_D)
@@ -218,7 +216,8 @@ def _visit(
             near = [row for s in visible(t, documents, window) if (row := table[s]) is not None]
             heard = [attend(q, near, model) for q in query[t]]
         results = [
-            finish(model, block_of(model, number), traveller.h_D, read) for number, read in zip(traveller.route[-1], heard, strict=True)
+            finish(model, block_of(model, number), h_D if model.config.block_position_to == "state" else traveller.h_D, read)
+            for number, h_D, read in zip(traveller.route[-1], inputs[t], heard, strict=True)
         ]
         new_D = _mix(traveller.weights[-1], results)
         if gate and len(results) == 1:
@@ -232,11 +231,16 @@ def _refresh(model: BrianForCausalLM, traveller: Traveller) -> None:
     """Give a token that has left the row that the next block in order makes of it; after the last block, the last one again."""
     traveller.refreshed += 1
     number = min(traveller.route[-1][0] + traveller.refreshed, model.config.pool_blocks)
-    h_D = traveller.h_D
-    if traveller.p_P is not None and model.config.block_position_to in ("blocks", "both"):
-        h_D = h_D + matrix(pool_of(model).adapters[number - 1]) @ traveller.p_P
+    h_D = told_place(model, number, traveller.h_D, traveller.p_P)
     _, key, value = project(model, block_of(model, number), h_D, traveller.rotary)
     traveller.row = (key, value)
+
+
+def told_place(model: BrianForCausalLM, number: int, h_D: Tensor, p_P: Tensor | None) -> Tensor:
+    """Return what a block makes queries, keys and values of: a token's state, and where blocks are told, its place."""
+    if p_P is None or model.config.block_position_to == "router":
+        return h_D
+    return h_D + matrix(pool_of(model).adapters[number - 1]) @ p_P
 
 
 def _codes(travellers: list[Traveller]) -> list[reference_codes.Code]:

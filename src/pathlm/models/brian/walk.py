@@ -79,7 +79,7 @@ def walk(pool: RoutePool, blocks: list[Any], h_BTD: Tensor, around: Surroundings
     """
     posts, config = signposts_of(pool), vars(pool.config)  # a configuration's attributes answer slowly
     threshold, outlook = posts.threshold(pool, budget), Outlook(around, blocks[0], len(h_BTD), h_BTD)
-    band, rows = _Band(h_BTD[:, 0], outlook), outlook.rows
+    band, rows = _Band(h_BTD[:, 0], outlook, stays=config["block_position_to"] == "state"), outlook.rows
     if len(h_BTD) == 1 and h_BTD.device.type == "cpu":
         left = [_alone(posts, config, blocks, band, threshold)]
     else:
@@ -177,8 +177,10 @@ def _refresh(rows: NewestRows, pool: RoutePool, blocks: list[Any], rotary: tuple
 class _Band:
     """The tokens still in the pool, and what they see."""
 
-    def __init__(self, h_nD: Tensor, outlook: Outlook) -> None:
+    def __init__(self, h_nD: Tensor, outlook: Outlook, *, stays: bool) -> None:
         self.h_nD, self.batch, self.outlook = h_nD, len(h_nD), outlook
+        self.stays = stays
+        """Whether what places add to a block's input stays in the hidden state"""
         self.row_n: np.ndarray | None = None
         """Their rows in the batch; None while these are all"""
 
@@ -192,7 +194,8 @@ class _Band:
     def visit_one(self, number: int, block: Any, added: Tensor | None, step: int) -> None:
         """Run one block on all of them. `added` (n, D) or (D,) is what their places add to its input."""
         x_nD, outlook = self.h_nD if added is None else self.h_nD + added, self.outlook
-        self.h_nD = block.finish(self.h_nD, outlook.heard(number, outlook.read(*outlook.project(number, block, x_nD), step)))
+        onto_nD = x_nD if self.stays else self.h_nD
+        self.h_nD = block.finish(onto_nD, outlook.heard(number, outlook.read(*outlook.project(number, block, x_nD), step)))
 
     def visit(self, blocks: list[Any], best_n: np.ndarray, place_n: np.ndarray, step: int, adapted: Tensor | None) -> None:
         """Run the chosen blocks: all write their rows, then all read."""
@@ -212,7 +215,7 @@ class _Band:
         qkv, asked = zip(*(outlook.project(i, blocks[i], x) for i, x in zip(chosen, parts, strict=True)), strict=True)
         asks = None if asked[0] is None else torch.cat(asked).index_select(0, back)
         read = outlook.read(torch.cat(qkv).index_select(0, back), asks, step).index_select(0, there).split(sizes)
-        parts = h_nD.index_select(0, there).split(sizes)
+        parts = (x_nD if self.stays else h_nD).index_select(0, there).split(sizes)
         parts = [blocks[i].finish(h, outlook.heard(i, r)) for i, h, r in zip(chosen, parts, read, strict=True)]
         self.h_nD = torch.cat(parts).index_select(0, back)
 
