@@ -190,6 +190,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"lr": 3e-3, "off": 0.1, "price": 0.4, "noise": 0.5, "random": 0.2, "load-rate": 0.02, "gate": 0.1}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--save", type=Path, help="folder for the weights when the router takes over, and at the end")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -222,7 +223,11 @@ def main() -> None:
             known = {"step": step, "largest": lessons.largest, "opened": lessons.opened, "handed": lessons.handed}
             history.append(known | {"seconds": perf_counter() - began} | measure(model, test, task))
             print(json.dumps({name: value for name, value in history[-1].items() if name != "left"}), flush=True)
-            options.file.write_text(json.dumps({"options": vars(options) | {"file": str(options.file)}, "history": history}, indent=1))
+            told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+            options.file.write_text(json.dumps({"options": told, "history": history}, indent=1))
+        alone = lessons.handed is not None and step == lessons.handed + options.handing
+        if options.save and (alone or lessons.over(step)):
+            model.save_pretrained(options.save / ("taken-over" if alone else "end"))
 
 
 if __name__ == "__main__":
