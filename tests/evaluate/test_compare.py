@@ -243,6 +243,7 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path, corpus):
         ({"order": -1}, ValueError, "order=-1"),
         ({"context": 33}, ValueError, "context=33"),
         ({"corpus": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
+        ({"records": "/"}, ValueError, "records='/': is a folder, must be the name of a file"),
     ],
     ids=str,
 )

@@ -144,6 +144,10 @@ def test_losses_written_in_pieces_are_read_in_pieces_and_never_half_there(tmp_pa
     with suppress(KeyboardInterrupt), LossWriter(tmp_path / "others", {}, tokens=10) as out:
         out.add(first)
         raise KeyboardInterrupt
+    (tmp_path / "folder").mkdir()
+    with suppress(OSError), LossWriter(tmp_path / "folder", {}, tokens=4) as out:
+        out.add(first)
+    (tmp_path / "folder").rmdir()
     assert [file.name for file in tmp_path.iterdir()] == ["losses"]
 
 

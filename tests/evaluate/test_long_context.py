@@ -286,6 +286,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(f
         ({"specs": ["copy"]}, "task 'copy': has no filler"),
         ({"specs": ["program"]}, "the tokenizer cannot write"),
         ({"budget": 0.5}, "budget=0.5"),
+        ({"records": "/"}, "records='/': is a folder, must be the name of a file"),
         ({"budget": 2.0}, "budget=2.0: must lie"),
     ],
 )

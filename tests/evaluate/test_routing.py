@@ -395,6 +395,7 @@ def test_steps_dealt_out_by_gain_correlate_with_it_where_those_by_loss_need_not(
         ({"split": "nowhere"}, "split='nowhere'"),
         ({"against": "no/such/model"}, "'no/such/model' does not exist"),
         ({"plot": "no/such/folder/curve.svg"}, "the folder 'no/such/folder' does not exist"),
+        ({"plot": "/"}, "plot='/': is a folder, must be the name of a file"),
         ({"against": "losses of fewer"}, r"against=.*holds losses of \d+ tokens, routes are measured on \d+"),
     ],
     ids=str,

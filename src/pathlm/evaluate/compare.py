@@ -22,7 +22,7 @@ from pathlm.evaluate.ngram import KneserNey
 from pathlm.evaluate.recorded import replace
 from pathlm.evaluate.records import LossWriter
 from pathlm.evaluate.routes import RouteTotals, route_groups
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_vocabulary
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file, check_vocabulary
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens the n-grams are counted on at most, the first whole documents: counting takes about 300 bytes of memory a token."""
@@ -67,6 +67,7 @@ def prepare(
     chosen = choose(data, split, max_documents=max_documents, max_tokens=max_tokens)
     if order < 0:
         raise ValueError(f"order={order}: must be at least 1, or 0 for no n-grams")
+    check_file("records", records)
     model, tokenizer = subject.opened
     check_vocabulary(model, tokenizer, data, place)
     context, stride = subject.reach(model, context, stride)

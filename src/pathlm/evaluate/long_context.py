@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pathlm.evaluate.bootstrap import mean_with_interval
 from pathlm.evaluate.cached import forced_hits, write_greedily
 from pathlm.evaluate.checkpoint import evaluating
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file
 from pathlm.text.synthetic import LONG_TASKS, LongTask, SampleStream, open_task
 from pathlm.text.synthetic.words import SampleEncoder
 
@@ -240,6 +240,7 @@ def prepare(
     tasks = long_tasks(specs or _trained_on(subject) or LONG_TASKS, lengths)
     for task in tasks:
         SampleStream(task, split, seed=seed)
+    check_file("records", records)
     journal = Journal(records, about) if records is not None else None
     model, tokenizer = subject.with_tokenizer()
     options: dict[str, Any] = {"samples": samples, "split": split, "seed": seed}

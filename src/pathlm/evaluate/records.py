@@ -121,7 +121,11 @@ class LossWriter:
             self._part.unlink()
             return
         assert self._done == self._tokens, f"{self._done} of {self._tokens} tokens were added"
-        os.replace(self._part, self._file)
+        try:
+            os.replace(self._part, self._file)
+        except OSError:
+            self._part.unlink()
+            raise
 
 
 class LossFile:

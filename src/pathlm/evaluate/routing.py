@@ -24,7 +24,7 @@ from pathlm.evaluate.plot import budget_svg
 from pathlm.evaluate.records import LossFile
 from pathlm.evaluate.route_map import RouteMap
 from pathlm.evaluate.routes import RouteTotals, budget_curve, check_budgets
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_vocabulary
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file, check_vocabulary
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window, V vocabulary
 
@@ -68,6 +68,7 @@ def prepare(
         raise ValueError(f"branches={subject.branches}: routes are measured with as many as the model was trained with")
     for budget in budgets or ():
         check_share(budget)
+    check_file("plot", plot)
     if plot is not None and not Path(plot).parent.is_dir():
         raise FileNotFoundError(f"plot={str(plot)!r}: the folder {str(Path(plot).parent)!r} does not exist")
     place, data = subject.place, subject.corpus(corpus)
