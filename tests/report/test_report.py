@@ -126,6 +126,30 @@ def test_a_run_of_tasks_or_text_says_how_it_would_be_asked(tmp_path):
     assert [command for command in commands if "--suite" in command] == asks
 
 
+def test_a_run_of_tasks_alone_names_no_command_that_would_look_for_its_text(tmp_path):
+    run = routed_run(tmp_path / "run", whole=False)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    write(run / "run.json", record | {"config": {"data": {"corpus": None, "tasks": {"copy": 1.0}}}})
+    commands = [code.text for code in page_of(run).one("aside").all("code")]
+    trace = f'pathlm trace {run} "a sentence" --keep'
+    assert commands == [f"pathlm eval {run} --suite synthetic", trace, trace]
+
+
+@pytest.mark.parametrize(
+    ("moves", "said"),
+    [
+        (None, "IN through blocks of the pool, as often as it wants to, to OUT."),
+        ("recur", "IN through the blocks of the pool in their order, each as often as it wants to, to OUT."),
+        ("skip", "IN through blocks of the pool in their order, each once at most, to OUT."),
+    ],
+)
+def test_ways_are_told_by_the_moves_that_the_router_may_make(tmp_path, moves, said):
+    run = routed_run(tmp_path / "run")
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    write(run / "run.json", record | {"model": record["model"] | {"route_moves": moves}})
+    assert said in page_of(run).text
+
+
 def test_several_runs_stand_side_by_side_and_one_after_the_other(pages):
     assert [chapter.one("h1").text for chapter in pages["both"].all("article")] == ["routed", "signal"]
     beside = pages["both"].one("section", id="beside")

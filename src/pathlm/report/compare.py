@@ -46,7 +46,7 @@ def results(run: Run) -> tuple[Section | None, list[Missing]]:
     """Return what `pathlm eval` measured on whole documents, beside n-grams."""
     entries = {name: entry for name, entry in run.evaluations.items() if isinstance(entry, dict) and entry.get("model")}
     if not entries:
-        return None, [Missing("the loss on whole documents, beside n-grams", "pathlm eval {run}")]
+        return None, [Missing("the loss on whole documents, beside n-grams", "pathlm eval {run}")] * run.has_text
     figures = [_evaluation(name, entry) for name, entry in entries.items()]
     lead = "Measured on whole documents that the run was not trained on. Bits per byte do not depend on the tokenizer: less is better."
     return Section("results", "Beside n-grams", lead, figures), []

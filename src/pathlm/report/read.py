@@ -64,6 +64,12 @@ class Run:
         return str(self.model.get("model_type") or (self.texts[0][0].family if self.texts else ""))
 
     @property
+    def has_text(self) -> bool:
+        """Whether there is text to measure the run on: not for one that was trained on tasks alone."""
+        data = _mapping(_mapping(self.record.get("config")).get("data"))
+        return bool(data.get("corpus")) or not data.get("tasks")
+
+    @property
     def pool(self) -> list[str]:
         """The blocks of the pool by name, counted from 1 over the whole model; empty for a model without one."""
         first, many = (self.model.get(name) for name in ("pre_blocks", "pool_blocks"))

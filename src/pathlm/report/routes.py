@@ -15,6 +15,12 @@ from pathlm.report.svg import LETTER, Drawing, both, fit
 
 MEASURE = "pathlm eval {run} --routes --against PLAIN"
 TRACE = 'pathlm trace {run} "a sentence" --keep'
+WAYS = {
+    "any": "blocks of the pool, as often as it wants to",
+    "recur": "the blocks of the pool in their order, each as often as it wants to",
+    "skip": "blocks of the pool in their order, each once at most",
+}
+"""What a way leads through, by the moves that routers may make"""
 CORRELATIONS = {
     "spearman": "Spearman",
     "pearson": "Pearson",
@@ -57,12 +63,13 @@ def where(run: Run) -> tuple[Section | None, list[Missing]]:
         if by_step:
             figures.append(_by_step([*nodes[1:]], by_step, source))
     else:
-        missing.append(Missing("the graph of the pool and the load of its blocks", MEASURE))
+        missing.append(Missing("the graph of the pool and the load of its blocks", MEASURE if run.has_text else TRACE))
     if (histogram := _histogram(run, split, entry)) is not None:
         figures.insert(1 if figures else 0, _exits(*histogram))
     if not figures:
         return None, missing
-    lead = "Every token finds its own way: from IN through blocks of the pool, as often as it wants to, to OUT."
+    way = WAYS.get(str(run.model.get("route_moves")), WAYS["any"])
+    lead = f"Every token finds its own way: from IN through {way}, to OUT."
     return Section("pool", "The pool", lead, figures), missing
 
 
@@ -168,7 +175,7 @@ def worth(run: Run) -> tuple[Section | None, list[Missing]]:
         return None, []
     split, entry = measured(run)
     if not entry:
-        return None, [Missing("depth against difficulty, the budget curve, controls", MEASURE)]
+        return None, [Missing("depth against difficulty, the budget curve, controls", MEASURE)] * run.has_text
     missing = [] if entry.get("difficulty") else [Missing("depth against the difficulty for an independent plain model", MEASURE)]
     figures = [_correlations(entry, split), *_slices(entry, split)]
     if entry.get("budgets"):
