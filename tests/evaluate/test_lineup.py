@@ -128,6 +128,12 @@ def test_a_tolerance_is_a_share(tmp_path, plain, within):
         lineup.run([plain, plain], within=within)
 
 
+def test_a_folder_cannot_be_written_into_as_a_file(tmp_path, plain):
+    with pytest.raises(ValueError, match="is a folder, must be the name of a file"):
+        lineup.run([plain, make_run(tmp_path, "other", ROUTED)], json_file=tmp_path)
+    assert not list(tmp_path.parent.glob("*.part"))
+
+
 def test_one_run_is_not_enough(plain):
     done = CliRunner().invoke(app, ["compare", str(plain)])
     assert done.exit_code == 2 and "name at least two runs" in done.stderr

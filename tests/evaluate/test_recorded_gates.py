@@ -369,6 +369,9 @@ def test_missing_and_doubled_folders_are_named(tmp_path):
         gates.run([run, tmp_path / "run" / ".." / "run"])
     with pytest.raises(ValueError, match="at least one"):
         gates.run([])
+    with pytest.raises(ValueError, match="is a folder, must be the name of a file"):
+        gates.run([run], json_file=tmp_path)
+    assert not (run / "gates.json").exists() and not list(tmp_path.parent.glob("*.part"))
 
 
 def test_the_command_says_pass_fail_and_what_measures_the_rest(tmp_path):

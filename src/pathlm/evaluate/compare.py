@@ -19,10 +19,10 @@ from rich.table import Table
 from pathlm.evaluate.checkpoint import run_folder
 from pathlm.evaluate.lm import LanguageScore, Text, choose, groups, score
 from pathlm.evaluate.ngram import KneserNey
-from pathlm.evaluate.recorded import replace
+from pathlm.evaluate.recorded import check_file, replace
 from pathlm.evaluate.records import LossWriter
 from pathlm.evaluate.routes import RouteTotals, route_groups
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file, check_vocabulary
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_vocabulary
 
 NGRAM_TOKENS = 20_000_000
 """Training tokens the n-grams are counted on at most, the first whole documents: counting takes about 300 bytes of memory a token."""

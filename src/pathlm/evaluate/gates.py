@@ -35,7 +35,7 @@ from pathlm.evaluate.gate_readings import (
     under_one_cache,
     wrapping,
 )
-from pathlm.evaluate.recorded import LOSS, Recorded, number, read_runs, replace
+from pathlm.evaluate.recorded import LOSS, Recorded, check_file, number, read_runs, replace
 from pathlm.models.stages import Gate
 
 FILE = "gates.json"
@@ -198,6 +198,7 @@ def run(folders: Sequence[Path | str], *, json_file: Path | str | None = None, c
 
     Raises `FileNotFoundError` and `ValueError` for folders that are missing, hold no run, or are damaged, before anything is written.
     """
+    check_file("json", json_file)
     runs = read_runs(folders)
     results: dict[str, dict[str, Any]] = {}
     for one in runs:

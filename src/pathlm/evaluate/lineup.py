@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pathlm.evaluate.recorded import OF_TRAINING, Recorded, number, read_runs, replace
+from pathlm.evaluate.recorded import OF_TRAINING, Recorded, check_file, number, read_runs, replace
 
 WITHIN = 0.05
 LEVELS = {
@@ -39,6 +39,7 @@ def run(
     """
     if not 0.0 <= within < 1.0:
         raise ValueError(f"within={within}: must lie between 0 and 1, a share by which costs may differ")
+    check_file("json", json_file)
     if len(folders) < 2:
         raise ValueError(f"runs={[str(folder) for folder in folders]}: name at least two runs to compare")
     told = [describe(one) for one in read_runs(folders)]

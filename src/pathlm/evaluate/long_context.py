@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from pathlm.evaluate.bootstrap import mean_with_interval
 from pathlm.evaluate.cached import forced_hits, write_greedily
 from pathlm.evaluate.checkpoint import evaluating
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file
+from pathlm.evaluate.recorded import check_file
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar
 from pathlm.text.synthetic import LONG_TASKS, LongTask, SampleStream, open_task
 from pathlm.text.synthetic.words import SampleEncoder
 

@@ -267,6 +267,12 @@ def _rows(file: Path) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
+def check_file(name: str, place: Path | str | None) -> None:
+    """Raise `ValueError` where a file is to be written at the end and a folder is in its place; `name` is the option's."""
+    if place is not None and Path(place).is_dir():
+        raise ValueError(f"{name}={str(place)!r}: is a folder, must be the name of a file")
+
+
 def replace(file: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is replaced whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

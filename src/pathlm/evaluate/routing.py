@@ -21,10 +21,11 @@ from pathlm.evaluate.controls import PASSES, controls, token_frequency
 from pathlm.evaluate.depth import Depth, readings
 from pathlm.evaluate.lm import GROUP_TOKENS, LanguageScore, Text, choose, score
 from pathlm.evaluate.plot import budget_svg
+from pathlm.evaluate.recorded import check_file
 from pathlm.evaluate.records import LossFile
 from pathlm.evaluate.route_map import RouteMap
 from pathlm.evaluate.routes import RouteTotals, budget_curve, check_budgets
-from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_file, check_vocabulary
+from pathlm.evaluate.subject import Measure, Subject, at_once, bar, check_vocabulary
 
 # Shapes: N tokens that a next token was predicted for, B windows, T tokens of a window, V vocabulary
 

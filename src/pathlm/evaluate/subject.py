@@ -150,12 +150,6 @@ def _identity(tokenizer: Any) -> list[Any]:
     return [tokenizer.get_vocab(), *(backend.get(part) for part in ("model", "pre_tokenizer", "normalizer"))]
 
 
-def check_file(name: str, place: Path | str | None) -> None:
-    """Raise `ValueError` where a file is to be written at the end and a folder is in its place; `name` is the option's."""
-    if place is not None and Path(place).is_dir():
-        raise ValueError(f"{name}={str(place)!r}: is a folder, must be the name of a file")
-
-
 @contextmanager
 def bar(console: Console | None, label: str, *, total: int) -> Iterator[Callable[[int], object] | None]:
     """Show a progress bar over `total` tokens and yield the function that moves it on."""
