@@ -365,6 +365,8 @@ def test_missing_and_doubled_folders_are_named(tmp_path):
     run = make_run(tmp_path, "run")
     with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
         gates.run(["nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"run\.json' is a file"):
+        gates.run([run / "run.json"])
     with pytest.raises(ValueError, match="is named twice"):
         gates.run([run, tmp_path / "run" / ".." / "run"])
     with pytest.raises(ValueError, match="at least one"):

@@ -482,6 +482,9 @@ def test_what_cannot_be_shown_is_refused_by_name(tmp_path):
         report("nowhere", out=tmp_path / "page.html")
     with pytest.raises(FileNotFoundError, match=r"^run folder 'nowhere' does not exist"):
         report("nowhere")
+    (tmp_path / "note.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"note\.txt' is a file"):
+        report(tmp_path / "note.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds nothing to show: expected one of run\.json, metrics\.jsonl"):
         report(tmp_path / "empty")

@@ -14,7 +14,7 @@ from pathlm.evaluate.bootstrap import Block, Estimate
 # Shapes: N tokens, D documents, R = 1 + draws (see `bootstrap`), I and J bins of two columns, X columns
 
 BINS = 64
-"""Bins of a column: of values without ties, ranks in so many equal bins take less than 1/4000 from a correlation."""
+"""Bins of a column. Of many values without ties, ranks in equal bins take less than 1/4000 from a correlation; of 300 up to 1/450."""
 NEGLIGIBLE = 1e-12
 """A variance below this, of variables scaled to 1, is none."""
 ROWS_AT_ONCE = 64

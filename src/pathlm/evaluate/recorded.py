@@ -207,7 +207,7 @@ def read(folder: Path | str, *, beside: Sequence[Path | str] = (), after: Sequen
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist")
+        raise FileNotFoundError(f"run folder {str(folder)!r} {'is a file' if folder.exists() else 'does not exist'}")
     record = _mapping(folder / "run.json")
     if record is None:
         config = _mapping(folder / "config.json")

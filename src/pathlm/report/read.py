@@ -87,7 +87,7 @@ def require(folder: File | str) -> None:
     """Raise `FileNotFoundError` where there is no such folder, and `ValueError` where it holds nothing to show."""
     place = File(folder)
     if not place.is_dir():
-        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist")
+        raise FileNotFoundError(f"run folder {str(folder)!r} {'is a file' if place.exists() else 'does not exist'}")
     if not any((place / name).is_file() for name in FILES):
         raise ValueError(f"run folder {str(folder)!r} holds nothing to show: expected one of {', '.join(FILES)}")
 

@@ -254,6 +254,7 @@ def _add_paths(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/health")
     @app.get("/health")
     def health() -> Response:
         """Whether requests are answered: 200, or 503 once the server is stopping."""

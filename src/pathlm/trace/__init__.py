@@ -61,8 +61,9 @@ def run(
         write_neighbours(run_folder(folder) / NEIGHBOURS, package.neighbours(model, tokenizer, nodes))
     if console is not None:
         show(found, console)
+        count = f"{len(numbered):,} path{'s' * (len(numbered) != 1)}"
         for file in files:
-            console.print(f"{len(numbered):,} paths written to {file}", style="dim", highlight=False, soft_wrap=True)
+            console.print(f"{count} written to {file}", style="dim", highlight=False, soft_wrap=True)
     return found
 
 

@@ -57,7 +57,7 @@ class Scale:
             share = sum(c == count for c in self.counts) / len(self.counts)
             shown.append(f" {count} ", self.style(count)).append(f" {share:.0%}  ")
         mean = sum(self.counts) / max(len(self.counts), 1)
-        return shown.append(f"route steps; {mean:.2f} on average over {len(self.counts):,} tokens", "dim")
+        return shown.append(f"route steps; {mean:.2f} on average over {len(self.counts):,} token{'s' * (len(self.counts) != 1)}", "dim")
 
 
 def cost(paths: Sequence[Path]) -> str:

@@ -18,8 +18,8 @@
     it.append(...inside);
     return it;
   };
-  const told = (value, digits) => (value === null ? "–" : value.toFixed(digits));
-  const percent = (share) => (share === null ? "–" : (100 * share).toFixed(0) + " %");
+  const told = (value, digits) => (value === null ? "–" : value.toFixed(digits).replace(/^-([0.]+)$/, "$1")); // no -0.00
+  const percent = (share) => (share === null ? "–" : told(100 * share, 0) + " %");
   const meter = (share, kind) => {
     const bar = make("i");
     bar.style.width = Math.max(0, Math.min(1, share || 0)) * 100 + "%";
