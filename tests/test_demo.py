@@ -152,7 +152,10 @@ def test_stopped_by_ctrl_c_in_the_graphs_training_it_continues_there(run, monkey
 
 @pytest.mark.parametrize(
     "phase",
-    ["_prepare", "_train", "_evaluate", "_sample", "_measure_routes", "_show_paths", "_compare_graph", "_show_signal", "_measure_memory"],
+    [
+        *("_prepare", "_train", "_measure_routes", "_measure_memory"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("_evaluate", "_sample", "_show_paths", "_compare_graph", "_show_signal")),
+    ],
 )
 def test_stopped_at_the_start_of_any_phase_it_continues(run, monkeypatch, phase):
     def stop(*_):
