@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def tracked_files():
 def test_the_version_is_the_installed_one_and_the_one_to_cite():
     assert pathlm.__version__ == importlib.metadata.version("pathlm")
     assert f"version: {pathlm.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_tests_check_types_in_every_module_but_those_that_draw_tasks():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]["addopts"]
+    *checked, checker = next(option for option in options if option.startswith("--jaxtyping-packages=")).partition("=")[2].split(",")
+    assert checker == "beartype.beartype"
+    modules = {module.name for module in pkgutil.walk_packages(pathlm.__path__, "pathlm.") if not module.ispkg}
+    unchecked = {name for name in modules if not any(name == one or name.startswith(one + ".") for one in checked)}
+    assert {name.rpartition(".")[0] for name in unchecked} == {"pathlm.text.synthetic", "pathlm"}
+    assert {name for name in unchecked if name.count(".") == 1} == {"pathlm.__main__"}
 
 
 @pytest.mark.parametrize("name", pathlm.__all__)
