@@ -1,4 +1,4 @@
-"""Measure the runs of run.sh or run-joint.sh on the test split: losses, budgets, controls, gain, difficulty and depth, by seed."""
+"""Measure the runs of run.sh, run-joint.sh or run-text.sh on the test split: losses, budgets, controls, gain, difficulty and depth, by seed."""
 
 import argparse
 import json
@@ -12,8 +12,6 @@ from pathlm.evaluate.lm import score
 from pathlm.evaluate.routing import run
 from pathlm.text.corpus import Corpus
 
-BUDGET = 0.625
-
 
 def _routed(options: argparse.Namespace, seed: int, other: int) -> dict:
     """Return what is measured of one seed's routes; what `routes.json` holds already is not measured again."""
@@ -26,7 +24,7 @@ def _routed(options: argparse.Namespace, seed: int, other: int) -> dict:
         options.corpus,
         "test",
         against=options.runs / f"plain6-{other}",
-        budget=BUDGET,
+        budget=options.budget,
         budgets=options.budgets,
         max_tokens=options.tokens,
         plot=options.results.with_name(f"{options.results.stem}-{seed}.svg"),
@@ -41,6 +39,7 @@ def main() -> None:
     parser.add_argument("tokens", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 4])
+    parser.add_argument("--budget", type=float, default=0.625)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.625, 0.75, 0.875, 1.0])
     parser.add_argument("--results", type=Path, default=Path("results.json"))
     options = parser.parse_args()

@@ -16,7 +16,8 @@ PROBES = Knobs(probe_share=1.0, exit=1.0, best_gain=True)
 def small_model(**options: object) -> BrianForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.3}
-    return BrianForCausalLM(BrianConfig(**sizes, pre_blocks=0, pool_blocks=2, post_blocks=0, max_route_steps=4, **options)).train()
+    places = {"pre_blocks": 0, "pool_blocks": 2, "post_blocks": 0, "max_route_steps": 4}
+    return BrianForCausalLM(BrianConfig(**sizes | places | options)).train()
 
 
 def test_a_price_is_taken_off_the_gain_for_every_step_to_the_best_one():
@@ -83,3 +84,92 @@ def test_the_router_moves_hidden_states_only_where_it_is_listened_to():
     assert found[0] is None or not found[0].any()
     assert found[2].any()
     assert torch.allclose(found[1] * 2, found[2], rtol=1e-4, atol=1e-6)
+
+
+def test_the_expected_gain_is_the_distance_to_what_is_said_after_the_last_step():
+    score_RwV = torch.randn(3, 5, 11)
+    expected = exits._cross_entropies(score_RwV, torch.zeros(5, dtype=torch.long), expected=True)
+    log_share_RwV = score_RwV.log_softmax(-1)
+    distance_Rw = torch.nn.functional.kl_div(
+        log_share_RwV, log_share_RwV[-1:].expand_as(log_share_RwV), log_target=True, reduction="none"
+    ).sum(-1)
+    assert torch.allclose(expected - expected[-1], distance_Rw, atol=1e-6)
+    assert distance_Rw[:-1].min() > 0
+
+
+def test_the_expected_gain_is_the_mean_of_the_gains_over_all_tokens_that_may_follow():
+    score_RwV = torch.randn(3, 5, 11)
+    every = torch.stack([exits._cross_entropies(score_RwV, torch.full((5,), token), expected=False) for token in range(11)], dim=-1)
+    expected = exits._cross_entropies(score_RwV, torch.zeros(5, dtype=torch.long), expected=True)
+    assert torch.allclose((every * score_RwV[-1].softmax(-1)).sum(-1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("piece", [1, 2**22])
+def test_losses_by_step_do_not_depend_on_how_many_are_made_at_a_time(piece, monkeypatch):
+    model, ids = small_model(), torch.randint(23, (3, 11))
+    whole = [model(ids, labels=ids, knobs=replace(PROBES, expected_gain=expected)).metrics["loss/exit"] for expected in (False, True)]
+    monkeypatch.setattr(exits, "PIECE", piece)
+    parts = [model(ids, labels=ids, knobs=replace(PROBES, expected_gain=expected)).metrics["loss/exit"] for expected in (False, True)]
+    assert torch.allclose(torch.stack(parts), torch.stack(whole), rtol=1e-5)
+    assert whole[0] != whole[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pre_blocks": 1, "post_blocks": 2, "left_rows": "refreshed"},
+        {"pre_blocks": 2, "post_blocks": 1, "memory": "local+canonical", "local_window": 4, "post_memory": "canonical"},
+    ],
+    ids=["pool-alone", "blocks-around", "codes"],
+)
+def test_the_second_pass_is_the_whole_model_and_has_its_share_of_the_loss_and_the_gradient(options):
+    model, ids = small_model(**options), torch.randint(23, (3, 11))
+    torch.nn.init.normal_(model.pool.router.from_hidden.weight)
+    leaving, staying = Knobs(), Knobs(exit_share=0.0)
+    wanted: dict[str, torch.Tensor] = {}
+    losses = []
+    for knobs, share in ((leaving, 0.7), (staying, 0.3)):
+        model.zero_grad()
+        out = model(ids, labels=ids, knobs=knobs)
+        out.loss.backward()
+        losses.append(out.loss.item())
+        wanted |= {n: wanted.get(n, 0) + share * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert losses[0] != losses[1]
+    model.zero_grad()
+    both = model(ids, labels=ids, knobs=replace(leaving, whole=0.3))
+    both.loss.backward()
+    assert both.loss.item() == pytest.approx(0.7 * losses[0] + 0.3 * losses[1], rel=1e-6)
+    assert both.metrics["loss/lm"].item() == pytest.approx(losses[0], rel=1e-6)
+    assert both.metrics["loss/whole"].item() == pytest.approx(losses[1], rel=1e-6)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
+
+
+def test_the_second_pass_is_for_training_only_and_moves_no_threshold():
+    model, ids = small_model(), torch.randint(23, (3, 11))
+    knobs = replace(PROBES, budget=0.5)
+    model(ids, labels=ids, knobs=knobs)
+    before = model.pool.exit_threshold.clone(), model.pool.difficulty_count.clone()
+    model(ids, labels=ids, knobs=replace(Knobs(), whole=1.0))
+    assert torch.equal(model.pool.exit_threshold, before[0])
+    assert torch.equal(model.pool.difficulty_count, before[1])
+    assert "loss/whole" not in model.eval()(ids, labels=ids, knobs=replace(knobs, whole=0.5)).metrics
+
+
+@pytest.mark.parametrize(("other", "named"), [({"whole": 0.5}, "whole=0.5"), ({"expected_gain": True}, "expected_gain=True")])
+def test_hindsight_is_refused_beside_what_needs_the_last_step(other, named):
+    with pytest.raises(ValueError, match=f"hindsight=True: .* {named}"):
+        Knobs(hindsight=True, **other)
+
+
+def test_beyond_gain_delta_errors_count_linearly():
+    model, ids = small_model(), torch.randint(23, (3, 11))
+    found = [
+        model(ids, labels=ids, knobs=replace(PROBES, gain_delta=delta)).metrics["loss/exit"].item() for delta in (1e-4, 2e-4, 1e6, 2e6)
+    ]
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-2)
+    assert found[3] == pytest.approx(found[2])
+    with pytest.raises(ValueError, match=r"gain_delta=0\.0: must be above 0"):
+        Knobs(gain_delta=0.0)

@@ -13,7 +13,7 @@ from pathlm.models.stages import Curriculum, Gate, Stage
 
 SHARES_OF_ALL = (
     "router_share", "pseudo", "exit_share", "random_depth", "other_share", "random_share", "probe_share", "listen", "threshold_rate",
-    "difficulty_rate", "beam_share",
+    "difficulty_rate", "beam_share", "whole",
 )  # fmt: skip
 """Knobs that are shares of something."""
 
@@ -39,6 +39,13 @@ class Knobs:
     """Share of tokens that leave after a number of steps drawn evenly instead, in training, so that every depth is trained."""
     best_gain: bool = False
     """Whether the gain of staying is measured against the best later step; otherwise against the last one."""
+    expected_gain: bool = False
+    """Whether the gain is the one to be expected by what the model says after the token's last step, whatever token followed."""
+    gain_delta: float = 1.0
+    """Nats beyond which an error of the predicted gain counts linearly (Huber's δ). Few tokens gain much; with a small value those near a
+    threshold count for as much as they do."""
+    whole: float = 0.0
+    """Weight of the text's loss in a second pass in which the router lets nobody leave, in training; the first pass has the rest of it."""
     price: float = 0.0
     """Nats that every further step costs in the measured gain, so that tokens leave where nothing is left to remove."""
     idle: float = 0.0
@@ -105,6 +112,11 @@ class Knobs:
         for name in SHARES_OF_ALL:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        if not self.gain_delta:
+            raise ValueError("gain_delta=0.0: must be above 0, nats up to which an error of the predicted gain counts squared")
+        if self.hindsight and (self.whole or self.expected_gain):
+            given = f"whole={self.whole:g}" if self.whole else "expected_gain=True"
+            raise ValueError(f"hindsight=True: the text's loss is judged after each token's best step, which does not go with {given}")
         if self.local_share is not None and self.local_share > 1.0:
             raise ValueError(f"local_share={self.local_share}: must lie between 0 and 1")
         if self.budget is not None and not 0.0 < self.budget <= 1.0:

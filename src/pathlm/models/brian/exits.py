@@ -20,11 +20,12 @@ PIECE = 2**22
 """Scores of the vocabulary made at a time."""
 
 
-def losses_by_step(model: Any, journey: Any, watched: Tensor, target_w: Tensor) -> Tensor:
+def losses_by_step(model: Any, journey: Any, watched: Tensor, target_w: Tensor, *, expected: bool = False) -> Tensor:
     """Return the cross-entropy (R, w) of each watched token if it had left the pool after 1 … R steps, and everybody else as they did.
 
     `watched` are the tokens' places, `target_w` what follows them. A token that leaves earlier enters the blocks after the pool with an
-    earlier state; what it sees of others there stays.
+    earlier state; what it sees of others there stays. With `expected` any token may follow, as probably as the model says after the last
+    step: the same on average where the model is calibrated, and free of the luck of the one draw that the text is.
     """
     records, config, rotary = journey.records, model.config, journey.rotary
     mask = journey.sight.within(config.attention_window, config.attention_sinks)
@@ -37,14 +38,21 @@ def losses_by_step(model: Any, journey: Any, watched: Tensor, target_w: Tensor) 
             read = _read_as_another(block, h, h_BTD, watched, mask, rotary)
         h = block.finish(h, read)
     h = model.norm(h)
-    weight, flat = matrix_of(model.lm_head), h.flatten(0, 1)
-    target = target_w.repeat(len(h))
-    rows = max(1, PIECE // weight.shape[0])
+    weight = matrix_of(model.lm_head)
+    at_once = max(1, PIECE // (weight.shape[0] * len(h)))
     pieces = [
-        F.cross_entropy((a.to(weight.dtype) @ weight.T).float(), b, reduction="none")
-        for a, b in zip(flat.split(rows), target.split(rows), strict=True)
+        _cross_entropies(some_RwD.to(weight.dtype) @ weight.T, targets, expected=expected)
+        for some_RwD, targets in zip(h.split(at_once, dim=1), target_w.split(at_once), strict=True)
     ]
-    return torch.cat(pieces).view(len(h), -1) if pieces else flat.new_zeros(len(h), 0)
+    return torch.cat(pieces, dim=1)
+
+
+def _cross_entropies(score_RwV: Tensor, target_w: Tensor, *, expected: bool) -> Tensor:
+    """Return the cross-entropy (R, w) of what is said after every step with the target, or with what is said after the last step."""
+    log_share_RwV = score_RwV.float().log_softmax(-1)
+    if expected:
+        return -(log_share_RwV[-1:].detach().exp() * log_share_RwV).sum(-1)
+    return -log_share_RwV.gather(-1, target_w.expand(len(score_RwV), -1)[..., None])[..., 0]
 
 
 def _read_as_another(
@@ -98,9 +106,9 @@ def _read_codes_as_another(block: Any, h_RwD: Tensor, watched: Tensor, codes: An
 
 
 def exit_loss(
-    records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int, best: bool, price: float = 0.0
+    records: Records, watched: Tensor, loss_Rw: Tensor, *, shortest: int, best: bool, price: float = 0.0, delta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the Huber loss of the predicted gain, and the predictions (R - shortest, w) it was made of.
+    """Return the Huber loss (with `delta`) of the predicted gain, and the predictions (R - shortest, w) it was made of.
 
     The gain of staying after r steps is the loss after r steps minus the loss after the last one: what the remaining steps still remove.
     With `best` it is measured against the smallest loss after any later step, which may flatter it. Each step costs `price` more. Where a
@@ -114,7 +122,7 @@ def exit_loss(
     last_w = shortest - 1 + stayed.sum(0)
     later_Rw = paid_Rw.flip(0).cummin(0).values.flip(0)[shortest:] if best else paid_Rw.gather(0, last_w[None])
     gain = paid_Rw[shortest - 1 : -1] - later_Rw
-    return F.huber_loss(predicted[stayed], gain[stayed].to(predicted.dtype)), predicted
+    return F.huber_loss(predicted[stayed], gain[stayed].to(predicted.dtype), delta=delta), predicted
 
 
 def hindsight_loss(loss_Rw: Tensor, *, shortest: int, price: float) -> Tensor:

@@ -24,7 +24,7 @@ from pathlm.models.brian.tracing import Trace
 from pathlm.models.brian.travel import Journey, travel
 from pathlm.models.hosted import Hosted, require_tokens
 from pathlm.models.layers import Block, PoolBlock, ResidualLinear, RMSNorm, Rotary, matrix_of
-from pathlm.models.losses import IGNORE, linear_cross_entropies, next_labels
+from pathlm.models.losses import IGNORE, linear_cross_entropies, linear_cross_entropy, next_labels
 from pathlm.models.output import PathOutput
 
 # Shapes: B rows, T new tokens, P tokens in memory, S = P + T, D width, V vocabulary
@@ -118,8 +118,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             journey.keep = logits_to_keep
         elif target_BT is not None and not self.training and self.codes is not None:
             journey.reads = Reads(self.config)
-        h_BTD = self._run_blocks(h_BTD, journey, position_ids, past_key_values, past)
-        h_BTD = self.norm(h_BTD)
+        self._look_around(h_BTD, journey, position_ids, past_key_values, past)
+        h_BTD = self.norm(self._run_blocks(h_BTD, journey, past_key_values))
 
         loss: Tensor | None = None
         metrics: dict[str, Tensor] = {}
@@ -218,21 +218,27 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if beams > 1 and knobs is not None:
             knobs.check_branches("route_beams", beams)
 
-    def _run_blocks(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> Tensor:
-        config = self.config
+    def _look_around(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> None:
+        """Note what the tokens may look at and where they stand, and drop what the memory need not keep for them."""
         if isinstance(memory, BrianCache):
             memory.forget(journey.segment_BS)
-        sight = Sight.of(h_BTD.shape[1], past, journey.segment_BS, h_BTD.device)
-        rotary = self.rotary(sight.positions() if position_ids is None else position_ids, h_BTD.dtype)
-        journey.sight, journey.rotary = sight, rotary
+        journey.sight = Sight.of(h_BTD.shape[1], past, journey.segment_BS, h_BTD.device)
+        journey.rotary = self.rotary(journey.sight.positions() if position_ids is None else position_ids, h_BTD.dtype)
+
+    def _run_blocks(self, h_BTD: Tensor, journey: Journey, memory: Cache | None, *, start: int = 0) -> Tensor:
+        """Run the blocks from number `start` on."""
+        config, (sight, rotary) = self.config, journey.seen
         recompute = self.gradient_checkpointing and self.training
         pool, first = config.pool_blocks, config.pre_blocks  # read once: a configuration answers slowly
-        layer, near = 0, sight.within(config.attention_window, config.attention_sinks, _slots(memory, config, sight.tokens))
+        layer, near = start, sight.within(config.attention_window, config.attention_sinks, _slots(memory, config, sight.tokens))
         for index, block in enumerate(self.blocks):
+            if index < start:
+                continue
             if isinstance(block, PoolBlock):
                 if index == first:
+                    journey.entered = h_BTD
                     h_BTD = travel(self, h_BTD, journey, rotary, memory, recompute=recompute)
-                    sight, rotary = journey.sight, journey.rotary
+                    sight, rotary = journey.seen
                     layer += config.remembers_rows + config.remembers_codes
                 continue
             if pool and index >= first:
@@ -259,7 +265,16 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if self.pool is None:
             return loss, metrics
         extra, found = journey.lessons(self, loss_N, count)
+        if self.training and (whole := (journey.knobs or Knobs()).whole):
+            other = linear_cross_entropy(self._stay(journey).flatten(0, 1), matrix_of(self.lm_head), target_BT.flatten()) / count
+            loss = loss.lerp(other, whole)
+            metrics["loss/whole"] = other.detach()
         return loss + extra.to(loss.dtype), metrics | found
+
+    def _stay(self, journey: Journey) -> Tensor:
+        """Return what the head would have read (B, T, D) if the router had let nobody leave the pool early."""
+        assert journey.entered is not None
+        return self.norm(self._run_blocks(journey.entered, journey.without_leaving(), None, start=self.config.pre_blocks))
 
     def _trace(self, journey: Journey, h_BTD: Tensor) -> Trace:
         input_ids = journey.input_ids

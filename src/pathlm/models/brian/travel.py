@@ -46,6 +46,8 @@ class Journey:
     """Branches a token may have at once, where that is not the model's own number"""
     records: Records = field(default_factory=Records)
     plan: Plan | None = None
+    entered: Tensor | None = None
+    """Hidden states (B, T, D) that entered the pool"""
     after_pool: list[Tensor] = field(default_factory=list)
     """Hidden states (B, T, D) that entered each block after the pool"""
     sight: Sight | None = None
@@ -57,10 +59,24 @@ class Journey:
     """Where it is asked for, what was read of codes"""
 
     @property
+    def seen(self) -> tuple[Sight, tuple[Tensor, Tensor]]:
+        """What tokens may look at, and the cosines and sines of their places."""
+        assert self.sight is not None
+        assert self.rotary is not None
+        return self.sight, self.rotary
+
+    @property
     def threshold(self) -> Tensor:
         """The gain below which tokens left, () or (N,)."""
         assert self.plan is not None
         return self.plan.threshold
+
+    def without_leaving(self) -> Journey:
+        """Return the same journey, not begun, of tokens that the router lets leave only in the end; nothing is taught or measured on it."""
+        knobs = replace(self.knobs or Knobs(), exit_share=0.0, random_depth=0.0, probe_share=0.0, budget=None, route_beams=1)
+        found = Journey(knobs, None, self.input_ids, None, self.segment_BS, False, None, None, Records())
+        found.sight, found.rotary = self.sight, self.rotary
+        return found
 
     def judged_now(self, target_N: Tensor) -> Tensor:
         """Return the targets without those of tokens that are judged in hindsight."""
@@ -127,9 +143,11 @@ class Journey:
         target_w = self.target_BT.flatten()[watched]
         shortest = model.config.min_route_steps
         with torch.set_grad_enabled(knobs.hindsight and torch.is_grad_enabled()):
-            loss_Rw = exits.losses_by_step(model, self, watched, target_w)
+            loss_Rw = exits.losses_by_step(model, self, watched, target_w, expected=knobs.expected_gain)
         hindsight = exits.hindsight_loss(loss_Rw, shortest=shortest, price=knobs.price) if knobs.hindsight else loss_Rw.new_zeros(())
-        lesson = exits.exit_loss(self.records, watched, loss_Rw.detach(), shortest=shortest, best=knobs.best_gain, price=knobs.price)
+        lesson = exits.exit_loss(
+            self.records, watched, loss_Rw.detach(), shortest=shortest, best=knobs.best_gain, price=knobs.price, delta=knobs.gain_delta
+        )
         return *lesson, hindsight
 
 
