@@ -1,4 +1,4 @@
-"""Measure the runs of run.sh, run-joint.sh or run-text.sh on the test split: losses, budgets, controls, gain, difficulty and depth, by seed."""
+"""Measure the runs of run.sh, run-joint.sh or run-text.sh on the test split: losses, budgets, controls, difficulty and depth, by seed."""
 
 import argparse
 import json
