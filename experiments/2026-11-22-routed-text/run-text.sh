@@ -10,4 +10,4 @@ for seed in ${SEEDS:-0 1 2}; do
       --set model.left_rows=kept --set model.router_hidden=0 --set model.pre_blocks=$((blocks - 1)) --set model.post_blocks=1
   done
 done
-# Then: python measure.py runs/routed-text data/sotu-512 80000 --blocks 6 5 4 --budget 0.7 --budgets 0.5 0.6 0.7 0.85 1 --results results-text.json
+# Then: python measure.py runs/routed-text data/sotu-512 80000 --blocks 6 5 4 --budget 0.61 --budgets 0.5 0.61 0.7 0.85 1 --results results-text.json
