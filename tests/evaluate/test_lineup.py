@@ -61,6 +61,17 @@ def test_only_the_blocks_that_ran_before_the_checkpoint_count(tmp_path):
     assert lineup.describe(read(first))["training_flops"] == 3 * 4000 * (700 - (6 - 5) * 100)
 
 
+def test_a_second_pass_in_training_counts_where_it_was_logged(tmp_path):
+    folder = make_run(tmp_path, "twice", ROUTED, costs=POOL, visits=4.0)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in log:
+        row |= {"loss/whole": 3.0} if "route/block_evaluations" in row else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    before = read(folder).model["pre_blocks"]
+    assert before
+    assert lineup.describe(read(folder))["training_flops"] == 3 * 2000 * (700 - (6 - 4) * 100 + 700 - before * 100)
+
+
 def test_an_earlier_run_that_cannot_be_found_leaves_its_cost_unknown(tmp_path, plain):
     origin = {"checkpoint": "/gone/first/checkpoints/step-00000030", "sha256": "x"}
     routed = make_run(tmp_path, "routed", ROUTED, costs=POOL, visits=4.0, record={"init": origin})

@@ -15,6 +15,8 @@ from typing import Any
 
 LOSS = "validation/loss"
 VISITS = "route/block_evaluations"
+SECOND_PASS = "loss/whole"
+"""Logged by steps of training that read their rows a second time, with all route steps."""
 EVALUATIONS = ("eval", "routes", "synthetic", "choices", "long-context")
 """Files that `pathlm eval` writes, one entry per split."""
 OF_TRAINING = "validation rows"
@@ -97,15 +99,22 @@ class Recorded:
         return max((row["tokens"] for row in self.log if isinstance(row.get("tokens"), int)), default=0)
 
     def _flops(self, step: int | None = None) -> float | None:
-        """Return this run's own operations up to a step: of a pool, as many visits as were logged on average."""
+        """Return this run's own operations up to a step: of a pool, as many visits as were logged on average.
+
+        Where a second pass with all route steps was logged, it counts in full but for the blocks before the pool, which run once.
+        """
         whole, visit = (number(self.record.get(name)) for name in ("flops_per_token", "flops_per_visit"))
         if whole is None or visit is None:
             return None
-        rows = (row for row in self.log if LOSS not in row and (step is None or row["step"] <= step))
+        rows = [row for row in self.log if LOSS not in row and (step is None or row["step"] <= step)]
         ran = [value for row in rows if (value := number(row.get(VISITS))) is not None]
         if visit and not ran:
             return None
-        return 3.0 * self._read(step) * (whole - (visit * (self.most_visits - statistics.fmean(ran)) if visit else 0.0))
+        if not visit:
+            return 3.0 * self._read(step) * whole
+        twice = sum(SECOND_PASS in row for row in rows) / len(ran)
+        again = whole - visit * int(self.model.get("pre_blocks") or 0)
+        return 3.0 * self._read(step) * (whole - visit * (self.most_visits - statistics.fmean(ran)) + twice * again)
 
     @property
     def most_visits(self) -> int:
