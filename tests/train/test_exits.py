@@ -173,3 +173,35 @@ def test_beyond_gain_delta_errors_count_linearly():
     assert found[3] == pytest.approx(found[2])
     with pytest.raises(ValueError, match=r"gain_delta=0\.0: must be above 0"):
         Knobs(gain_delta=0.0)
+
+
+@pytest.mark.parametrize("post_memory", ["own", "canonical"])
+def test_probes_are_measured_under_autocast(post_memory):
+    ids = torch.randint(23, (2, 9))
+    found = []
+    for narrow in (False, True):
+        model = small_model(post_blocks=1, memory="local" if post_memory == "own" else "canonical", post_memory=post_memory)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            out = model(ids, labels=ids, knobs=replace(PROBES, expected_gain=True, whole=0.5))
+        out.loss.backward()
+        found.append(out.loss.item())
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("knobs", [Knobs(router_share=0.0, gate=0.5), Knobs(router_share=0.0, gate=0.5, imitation=0.1, whole=0.5)])
+def test_a_gate_does_nothing_in_a_pass_that_the_teacher_alone_drives(knobs):
+    ids = torch.randint(23, (2, 9))
+    gated, ungated = (small_model()(ids, labels=ids, knobs=k).loss for k in (knobs, replace(knobs, gate=0.0)))
+    assert gated == ungated
+
+
+@pytest.mark.parametrize("name", ["whole", "probe_share"])
+def test_a_text_that_goes_on_is_not_read_again(name):
+    model, ids = small_model(), torch.randint(23, (2, 9))
+    knobs = replace(Knobs(), **{name: 0.5})
+    model(ids, labels=ids, knobs=knobs, use_cache=True)  # a memory that is new holds nothing yet
+    memory = model(ids, use_cache=True, knobs=knobs).past_key_values
+    with pytest.raises(ValueError, match=f"past_key_values: {name}=0.5 reads the text again"):
+        model(ids, labels=ids, past_key_values=memory, knobs=knobs)
+    assert memory.get_seq_length() == 9
+    model(ids, past_key_values=memory, knobs=knobs)

@@ -79,7 +79,7 @@ def _read_as_another(
         self_ = torch.einsum("rwghk,rwgk->rwgh", q, own_key[:, mine])[..., None]
         weight = torch.cat((others, self_), dim=-1).softmax(-1)
         read = torch.einsum("rwghs,gsk->rwghk", weight[..., :-1], value[b]) + weight[..., -1:] * own_value[:, mine, :, None]
-        result[:, mine] = read
+        result[:, mine] = read.to(result.dtype)  # autocast computes in a narrower one
     return result.flatten(2)
 
 

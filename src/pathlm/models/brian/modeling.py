@@ -104,8 +104,8 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = self.new_memory()
         past = _length(past_key_values)
-        if past_key_values is not None and self.gradient_checkpointing and self.training:
-            raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
+        if past_key_values is not None and self.training:
+            self._check_training_memory(past, knobs if labels is not None else None)
         if budget is not None:
             self.check_budget(budget)
         self._check_depths(depths, h_BTD, knobs)
@@ -217,6 +217,14 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
             raise ValueError(f"depths: with route_beams={beams} a token's branches leave when they choose to")
         if beams > 1 and knobs is not None:
             knobs.check_branches("route_beams", beams)
+
+    def _check_training_memory(self, past: int, knobs: Knobs | None) -> None:
+        if self.gradient_checkpointing:
+            raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
+        for name in ("whole", "probe_share"):
+            if past and self.pool is not None and getattr(knobs, name, 0.0):
+                rule = "reads the text again, from its first token; train on whole texts, without a memory of earlier tokens"
+                raise ValueError(f"past_key_values: {name}={getattr(knobs, name):g} {rule}")
 
     def _look_around(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> None:
         """Note what the tokens may look at and where they stand, and drop what the memory need not keep for them."""

@@ -74,7 +74,7 @@ def steer(
             depth_N = depth_N if others_N is None else depth_N.masked_fill(others_N, config.max_route_steps + 1)
     return Plan(
         threshold, top_k, guided, teacher_NR=teacher, driven_N=driven_N, stays_N=stays_N, depth_N=depth_N, noise=knobs.noise,
-        random_share=knobs.random_share, gate=knobs.gate, other_share=knobs.other_share, watched=watched,
+        random_share=knobs.random_share, gate=knobs.gate if guided else 0.0, other_share=knobs.other_share, watched=watched,
         attached=knobs.hindsight, listen=knobs.listen, record=record,
     )  # fmt: skip
 
