@@ -221,10 +221,12 @@ class BrianForCausalLM(Hosted, PreTrainedModel, GenerationMixin):
     def _check_training_memory(self, past: int, knobs: Knobs | None) -> None:
         if self.gradient_checkpointing:
             raise ValueError("past_key_values: recomputing a block would write its memory twice; train without a memory (use_cache=False)")
-        for name in ("whole", "probe_share"):
-            if past and self.pool is not None and getattr(knobs, name, 0.0):
+        if not past or knobs is None or self.pool is None:
+            return
+        for name, share in (("whole", knobs.whole), ("probe_share", knobs.probe_share)):
+            if share:
                 rule = "reads the text again, from its first token; train on whole texts, without a memory of earlier tokens"
-                raise ValueError(f"past_key_values: {name}={getattr(knobs, name):g} {rule}")
+                raise ValueError(f"past_key_values: {name}={share:g} {rule}")
 
     def _look_around(self, h_BTD: Tensor, journey: Journey, position_ids: Tensor | None, memory: Cache | None, past: int) -> None:
         """Note what the tokens may look at and where they stand, and drop what the memory need not keep for them."""
