@@ -142,9 +142,10 @@ def test_the_second_pass_is_the_whole_model_and_has_its_share_of_the_loss_and_th
     assert both.loss.item() == pytest.approx(0.7 * losses[0] + 0.3 * losses[1], rel=1e-6)
     assert both.metrics["loss/lm"].item() == pytest.approx(losses[0], rel=1e-6)
     assert both.metrics["loss/whole"].item() == pytest.approx(losses[1], rel=1e-6)
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, wanted[name], atol=1e-6), name
 
 
 def test_the_second_pass_is_for_training_only_and_moves_no_threshold():
